@@ -1,9 +1,9 @@
-"""What `batch-invariant: true` costs: the same rows with and without it, in one call on one machine.
+"""The cost of `batch-invariant: true`: the same workloads with and without it, in one call on one machine.
 
     python -m benchmarks.batch_invariant [--limit SECONDS] [--out DIR]
 
-Each side is `flexgen-helm bench` in a process of its own, which runs each row several times; the record holds both, and
-the fraction of the normal rate, by the medians.
+Each side is `flexgen-helm bench` in a process of its own, which runs each workload several times; the record holds both
+sides, and the rate with `batch-invariant` as a fraction of the normal rate, from the medians.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ROWS = {
     "opt-6.7b": (None, ("1x96x0+512:32",)),
     "opt-30b": ("16GB", ("1x100x400+100:1",)),
 }
-"""Shape: memory of the GPU, and workloads."""
+"""Shape -> (GPU memory, workloads)."""
 REPEATS = 3
 
 
 def bench(shape: str, memory: str | None, rows: tuple[str, ...], policy: dict[str, Any], limit: float) -> Any:
-    """The record of one call of `flexgen-helm bench`."""
+    """Run `flexgen-helm bench` once; returns its record."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "policy.yaml"
         file.write_text(yaml.safe_dump(policy))
@@ -43,7 +43,7 @@ def bench(shape: str, memory: str | None, rows: tuple[str, ...], policy: dict[st
 
 
 def main() -> None:
-    """Time both sides of each row."""
+    """Time both sides of each workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=float, default=300, help="seconds for each side of a row, loading included")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")

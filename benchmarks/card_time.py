@@ -1,11 +1,11 @@
-"""Where a card's time goes: products, attention, and what is between them.
+"""Where a GPU's time goes: matrix products, attention, and the operations between them.
 
     python -m benchmarks.card_time [--shape llama-3-8b] [--changes '{"num_hidden_layers": 8}'] [--rows suite …]
 
-A workload is written as for `flexgen-helm bench`; `suite` is twenty runs of 100 requests each, of prompts of 350 to
-1,500 shared and 40 to 140 own tokens. Each is run twice after a rehearsal, without being recorded, beside the least
-time that its arithmetic takes; then once more, recorded by torch.profiler from outside, and its kernels are summed by
-what they do.
+A workload is written as for `flexgen-helm bench`; `suite` is twenty runs of 100 requests each, with prompts of 350 to
+1,500 shared and 40 to 140 own tokens. Each is run twice after a rehearsal, without being recorded, and compared with
+the least time that its arithmetic takes; then once more, recorded by torch.profiler from outside, with the times of
+kernels summed by purpose.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _KINDS = {
     "products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce", "gemv"),
     "copies": ("memcpy", "memset"),
 }
-"""By parts of kernels' names, in lower case; the first that fits."""
+"""Purpose of a kernel by parts of its lower-case name; the first match counts."""
 _BETWEEN = "between"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts, by run: what its requests share, and their own lengths."""
+    """Prompts, by run: the length of the shared prefix, and the lengths of the requests' own parts."""
 
     runs: tuple[tuple[int, tuple[int, ...]], ...]
 
     @classmethod
     def parse(cls, text: str) -> Asked:
-        """A workload of one new token, or `suite`; raises `ConfigError` for another text."""
+        """Parse a workload with one new token per request, or `suite`; raises `ConfigError` for any other text."""
         if text == SUITE:
             rng = random.Random(0)
             return cls(
@@ -64,7 +64,7 @@ class Asked:
         return cls(((load.shared, (load.own,) * load.num_jobs),) * load.num_runs)
 
     def jobs(self, vocabulary: int, seed: int) -> list[Job]:
-        """Requests of one new token, of random prompts."""
+        """Make requests for one new token with random prompts."""
         rng = random.Random(seed)
         jobs = []
         for shared, lengths in self.runs:
@@ -81,35 +81,35 @@ class Asked:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt tokens that must be computed, a shared prefix once."""
+        """Prompt tokens to compute, with a shared prefix computed once."""
         return sum(shared + sum(lengths) for shared, lengths in self.runs)
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of a query and a key that it sees, of those tokens."""
+        """Pairs of a query and a visible key for those tokens."""
         return sum(
             shared * (shared + 1) // 2 + sum(own * shared + own * (own + 1) // 2 for own in lengths)
             for shared, lengths in self.runs
         )
 
     def product_flop(self, sizes: Sizes) -> float:
-        """Operations of products with weights."""
+        """Floating-point operations of matrix products with weights."""
         requests = sum(len(lengths) for _, lengths in self.runs)
         return 2.0 * sizes.layer_parameters * self.num_tokens + 2.0 * sizes.head_parameters * requests
 
     def attention_flop(self, sizes: Sizes) -> float:
-        """Operations of attention."""
+        """Floating-point operations of attention."""
         return 2.0 * sizes.attention_width * self.num_pairs
 
 
 def kind_of(name: str) -> str:
-    """What a kernel does, by its name."""
+    """The purpose of a kernel, by its name."""
     name = name.lower()
     return next((kind for kind, parts in _KINDS.items() if any(part in name for part in parts)), _BETWEEN)
 
 
 def summed(events: Iterable[tuple[str, float]]) -> dict[str, Any]:
-    """Milliseconds and launches by kind, and of each kernel; from names and microseconds."""
+    """Sum milliseconds and launches by purpose, and by kernel, from names and microseconds."""
     kinds: dict[str, list[float]] = {}
     kernels: dict[str, list[float]] = {}
     for name, duration in events:
@@ -122,7 +122,7 @@ def summed(events: Iterable[tuple[str, float]]) -> dict[str, Any]:
 
 
 def recorded(engine: Engine, jobs: list[Job]) -> dict[str, Any]:
-    """What the card did during a call, from first to last kernel."""
+    """Profile a call, from its first to its last kernel."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -148,7 +148,7 @@ def recorded(engine: Engine, jobs: list[Job]) -> dict[str, Any]:
 
 
 def measure(engine: Engine, text: str, rates: Rates | None, records: bool) -> dict[str, Any]:
-    """Seconds of a workload beside its least time, and where they go."""
+    """Time a workload; returns its seconds, its least time, and where the time went."""
     asked, sizes, vocabulary = Asked.parse(text), sizes_of(engine), engine.parts.model.vocab_size
     engine.run(asked.jobs(vocabulary, 1))
     sweeps: list[Any] = []
@@ -180,7 +180,7 @@ def measure(engine: Engine, text: str, rates: Rates | None, records: bool) -> di
 
 
 def told(found: dict[str, Any]) -> str:
-    """A workload's lines of the printed report."""
+    """Format a workload's lines of the printed report."""
     lines = [f"{found['rows']}: {found['seconds']:.3f} s"]
     if "fraction" in found:
         lines[0] += f", {found['fraction']:.1%} of the arithmetic's {found['limit_s']:.3f} s"
@@ -198,7 +198,7 @@ def told(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure and record."""
+    """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-8b")
     parser.add_argument("--changes", type=json.loads, default={}, help="of the shape, a JSON object")

@@ -1,7 +1,7 @@
-"""How exact codes are: `python -m benchmarks.codecs` - ours, and bitsandbytes' where it is installed.
+"""The accuracy of codecs: `python -m benchmarks.codecs` - the engine's, and bitsandbytes' if it is installed.
 
-Gaussian numbers there and back, in blocks of 64: the relative error (of the norm), bits a number, and the seconds that
-the CPU takes each way.
+Gaussian numbers are encoded and decoded in blocks of 64: the relative error (of the norm), bits per number, and the
+seconds that the CPU takes each way.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 Codecs = dict[str, tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor], float]]
-"""By name: encode, decode, bits a number."""
+"""Name -> (encode, decode, bits per number)."""
 
 
 def ours(dtype: torch.dtype) -> Codecs:
-    """The engine's codecs, as rows of one group each."""
+    """The engine's codecs, on rows of one group each."""
 
     def codec(bits: int) -> tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor], float]:
         made = Codec(bits)
@@ -37,7 +37,7 @@ def ours(dtype: torch.dtype) -> Codecs:
 
 
 def theirs() -> Codecs:
-    """Bitsandbytes' NF4 and 8-bit blockwise codes, with a float32 scale for each block; nothing if it is not there."""
+    """Bitsandbytes' NF4 and 8-bit blockwise codes, with a float32 scale per block; empty if it is not installed."""
     try:
         import bitsandbytes.functional as bnb
     except ImportError:
@@ -67,7 +67,7 @@ def main() -> None:
     values = (torch.randn(options.count, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     rows = {}
     for name, (encode, decode, bits) in {**ours(dtype), **theirs()}.items():
-        decode(encode(values))  # kernels are loaded
+        decode(encode(values))  # loads kernels
         start = time.perf_counter()
         coded = encode(values)
         middle = time.perf_counter()

@@ -1,11 +1,11 @@
-"""From files on the disk to the first results: `python -m benchmarks.cold_start --shape opt-13b --folder DIR`.
+"""Time from files on disk to the first results: `python -m benchmarks.cold_start --shape opt-13b --folder DIR`.
 
 Writes a checkpoint of random numbers (safetensors shards) into DIR, drops it from the page cache, opens the engine from
-it and runs one workload. The limit is the checkpoint's bytes over the disk's rate, measured in the same call by direct
-reads (O_DIRECT, one and several threads) of the same files, after the engine has read them.
+it and runs one workload. The limit is the checkpoint's bytes divided by the disk's rate, measured in the same call by
+direct reads (O_DIRECT, one and several threads) of the same files, after the engine has read them.
 
-With `--compress-weight` the first start encodes and keeps the weights (in DIR, too), and a second one reads them, from
-the disk again.
+With `--compress-weight`, the first start encodes the weights and keeps them (in DIR, too), and a second start reads the
+encoded weights from disk.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _THREADS = (1, 8)
 
 
 def write_checkpoint(shape: str, folder: Path) -> int:
-    """Write random weights of `shape` and what the engine needs beside them; returns the bytes of the shards."""
+    """Write random weights of `shape` and the other files that the engine needs; returns the bytes of the shards."""
     model = random_model(shape)
     model.generation_config.pad_token_id = None
     model.save_pretrained(folder, max_shard_size="5GB")
@@ -45,7 +45,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def drop_from_page_cache(files: list[Path]) -> None:
-    """Write the files out and let the kernel forget their pages."""
+    """Write the files to disk and drop their pages from the page cache."""
     for file in files:
         handle = os.open(file, os.O_RDONLY)
         try:
@@ -56,10 +56,10 @@ def drop_from_page_cache(files: list[Path]) -> None:
 
 
 def cold_start(folder: Path, policy: Policy, row: Workload) -> dict[str, float]:
-    """Seconds of an engine's start in `folder`, and of a row behind it; `closed_s` is until all is written, too."""
+    """Time an engine's start in `folder` and a workload after it, in seconds; `closed_s` includes all writing."""
     start = time.perf_counter()
     with Engine.from_pretrained(str(folder), policy) as engine:
-        open_s = time.perf_counter() - start  # weights may still be arriving: the first row runs behind them
+        open_s = time.perf_counter() - start  # weights may still be loading: the workload begins meanwhile
         print(f"opened in {open_s:.2f} s", flush=True)
         first_s, sweeps = timed(engine, row)
         cold_s = time.perf_counter() - start
@@ -76,7 +76,7 @@ def cold_start(folder: Path, policy: Policy, row: Workload) -> dict[str, float]:
 
 
 def main() -> None:
-    """Write, drop, open, run; print and record the times beside the limit."""
+    """Write, drop, open and run; print and record the times next to the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-13b")
     parser.add_argument("--folder", type=Path, required=True, help="on the disk to be measured; emptied at the end")
@@ -91,7 +91,7 @@ def main() -> None:
     if options.compress_weight:
         policy = replace(policy, compress_weight=options.compress_weight)
         os.environ["XDG_CACHE_HOME"] = str(options.folder / "cache")
-    options.folder.mkdir(parents=True)  # must be new: it is removed at the end
+    options.folder.mkdir(parents=True)  # must not exist: it is removed at the end
     try:
         start = time.perf_counter()
         num_bytes = write_checkpoint(options.shape, options.folder)

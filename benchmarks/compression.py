@@ -1,9 +1,9 @@
-"""What compression costs: `python -m benchmarks.compression --model DIR --texts FILE …`.
+"""The accuracy of compressed weights and caches: `python -m benchmarks.compression --model DIR --texts FILE …`.
 
-Scores real texts with a real model once as it is and once for each compression, and prints how far log-probabilities
-move: the mean of a token's (its change is the logarithm of the change of the perplexity), the mean and the 99th
-percentile of the size of a token's change, and how often it stays as it was whether the text's token is the most likely
-one, which greedy choice would have taken (a hit). The first tokens of a text are left out, which attend to few others.
+Scores real texts with a real model uncompressed and with each compression, and prints how much log-probabilities
+change: the mean change of a token (the change of the perplexity's logarithm), the mean and the 99th percentile of its
+absolute value, and how often the text's token is the most likely one both before and after, or neither (a hit). The
+first tokens of a text, which attend to few others, are left out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 _BEYOND = 32
-"""Tokens of each text that are not looked at."""
+"""Number of first tokens of each text that are left out."""
 SETTINGS: dict[str, dict[str, int]] = {
     "as it is": {},
     "weights 8": {"compress-weight": 8},
@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, int]] = {
 
 
 def passages(files: list[Path], count: int, characters: int) -> list[str]:
-    """`count` pieces of `characters` each, spread evenly over the files' text."""
+    """Return `count` pieces of `characters` each, spread evenly over the files' text."""
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
     if len(text) < count * characters:
         raise SystemExit(f"{len(text)} characters of text are fewer than {count} x {characters}")
@@ -41,7 +41,7 @@ def passages(files: list[Path], count: int, characters: int) -> list[str]:
 
 
 def score(model: str, policy: dict[str, Any], texts: list[str], window: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Log-probabilities of each text's tokens beyond `_BEYOND`, whether each is greedy, and bytes of the weights."""
+    """Score texts: log-probabilities beyond `_BEYOND`, whether tokens are the likeliest, and bytes of the weights."""
     with Engine.from_pretrained(model, policy=policy) as engine:
         prompts = [engine.tokenizer(text)["input_ids"][:window] for text in texts]
         done = engine.run([Job(prompt=prompt, max_new_tokens=0, prompt_logprobs=True) for prompt in prompts])
@@ -55,7 +55,7 @@ def score(model: str, policy: dict[str, Any], texts: list[str], window: int) -> 
 
 
 def compare(before: np.ndarray, greedy: np.ndarray, after: np.ndarray, greedy_after: np.ndarray) -> dict[str, float]:
-    """What changed, per token, in nats."""
+    """Compute the changes per token, in nats."""
     change = np.abs(after - before)
     return {
         "mean_logprob": float(after.mean()),

@@ -1,12 +1,12 @@
-"""What compression does to scores: the same HELM runs as they are and with each compression, question by question.
+"""The effect of compression on scores: the same HELM runs without and with each compression, question by question.
 
     python -m benchmarks.compression_scores --data DIR --model DIR --work DIR [--subjects …] [--gsm 100]
         [--instances 100]
 
-DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` and, for `--gsm TOKENS`, `gsm8k/gsm_data_{train,test}`. Each
-setting is a `flexgen-helm sweep` with an output directory and caches of its own below `--work`, which is kept: a
-benchmark that was interrupted goes on there. What has changed against the uncompressed suite is what
-`flexgen-helm compare` finds: a paired bootstrap over questions.
+The data directory holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` and, for `--gsm TOKENS`, `gsm8k/gsm_data_{train,test}`.
+Each setting is a `flexgen-helm sweep` with an output directory and caches of its own below `--work`, which is kept: a
+benchmark that was interrupted continues there. The changes against the uncompressed suite come from `flexgen-helm
+compare`: a paired bootstrap over questions.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from flexgen_helm.suites.suite import Suite, read_suite
 ROOT = Path(__file__).resolve().parent.parent
 SUITE = "compression"
 _AT_ONCE = 128
-"""Requests of a sweep, whose work a kill may lose."""
+"""Requests in a sweep, whose work is lost if the benchmark is killed."""
 
 
 def claim(work: Path, asked: Mapping[str, Any]) -> None:
-    """Mark `work` as this benchmark's; another's is refused, whose runs would be taken for this one's."""
+    """Mark `work` as this benchmark's; raises if it holds runs of other settings."""
     file = work / "asked.json"
     if not file.exists():
         work.mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def claim(work: Path, asked: Mapping[str, Any]) -> None:
 
 
 def sweep_command(model: Path, entries: list[str], instances: int, settings: Mapping[str, int]) -> list[str]:
-    """The sweep of one setting; runs that are whole are left as they are."""
+    """The command line of a setting's sweep; complete runs are kept."""
     command = [sys.executable, "-m", "flexgen_helm", "sweep", "-r", *entries, "--model", str(model)]
     command += ["-m", str(instances), "--suite", SUITE, "--skip-completed-runs"]
     command += ["--gpu-batch-size", str(_AT_ONCE), "--num-gpu-batches", "1"]
@@ -52,24 +52,24 @@ def sweep_command(model: Path, entries: list[str], instances: int, settings: Map
 
 
 def changes(before: Suite, after: Suite) -> dict[str, ScoreChange]:
-    """The change of each metric: of the mean of the runs that have it, or of the only one."""
+    """The change of each metric: of the mean over the runs that have it, or of the only one."""
     comparison = compare_suites(before, after, confidence=CONFIDENCE)
     for change in comparison.scores:
         if change.how != "paired":
             reason = change.reason or "its questions are others"
             raise SystemExit(f"{after.path}: {change.name} cannot be compared: {reason}")
-    return {change.metric: change for change in (*comparison.scores, *comparison.means)}  # a mean, if any, comes last
+    return {change.metric: change for change in (*comparison.scores, *comparison.means)}  # a mean comes last
 
 
 def answers_changed(before: Suite, after: Suite) -> Counter[str]:
-    """How many answers read otherwise, right or wrong, by the metric of their run."""
+    """Count the answers whose text changed, right or wrong, by the metric of their run."""
     metrics = {name.split(",model")[0]: run.score.metric for name, run in after.runs.items() if run.score}
     pairs = zip(predictions(before.path), predictions(after.path), strict=True)
     return Counter(metrics[one[0]] for one, other in pairs if one != other)
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """What the record says of a suite beside the uncompressed one."""
+    """What the record says about a suite compared with the uncompressed one."""
     base, suite = read_suite(before), read_suite(after)
     found, differing = changes(base, suite), answers_changed(base, suite)
     return {

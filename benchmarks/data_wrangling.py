@@ -1,12 +1,12 @@
-"""FlexLLMGen's table of data wrangling on random weights: input and output tokens per second of each data set.
+"""FlexLLMGen's table of data wrangling on random weights: input and output tokens per second for each data set.
 
     python -m benchmarks.data_wrangling --shape opt-30b --gpu-memory 16GB
 
-Lengths and numbers of requests are those of its README, every prompt as long as its longest. Its prompts begin with
-demonstrations written for the data set, which it computed for each request anew; here they are a prefix that requests
-share. A row with nothing shared is the like-for-like figure; one with a share of the prompt's tokens shared is what
-such prompts cost. Both rates count all tokens of all prompts. Its figures stand beside ours as published: they are of
-another card, and nothing of them was run here.
+The numbers and lengths of requests are those of FlexLLMGen's README, with every prompt as long as the longest. Prompts
+of a data set begin with the same demonstrations, which FlexLLMGen computed again for each request; here they are a
+shared prefix. The row with nothing shared is the like-for-like figure; a row with part of the prompt shared is what
+such prompts cost. Both rates count all tokens of all prompts. FlexLLMGen's figures are printed as published: they were
+measured on another GPU, and nothing of them was run here.
 """
 
 from __future__ import annotations
@@ -42,23 +42,24 @@ class Row:
 
     dataset: str
     samples: int
-    """Requests asked for; what was left over from whole batches was not run."""
+    """Requests in the data set; FlexLLMGen did not run those left over from whole batches."""
     input: int
-    """Tokens of each prompt, padded."""
+    """Tokens of each padded prompt."""
     output: int
     published: dict[str, tuple[float, float]]
-    """Seconds, and input and output tokens per second, by the model's shape."""
+    """(seconds, input tokens per second, output tokens per second), by the model's shape."""
 
     def workload(self, share: float, samples: int | None) -> Workload:
-        """Its requests, with `share` of each prompt's tokens the same in all."""
+        """Make the workload of a row; `share` of each prompt's tokens is the same in all prompts."""
         shared = int(self.input * share)
         return Workload(1, min(samples or self.samples, self.samples), shared, self.input - shared, self.output)
 
     def published_for(self, shape: str) -> dict[str, Any] | None:
-        """What the table says for `shape`, and how many requests of the table's lengths its time and rate make up.
+        """The table's figures for `shape`, and how many requests its time and rate correspond to.
 
-        They are fewer than `samples` where the rest filled no batch. The one number that is not whole (opt-6.7b,
-        DBLP-GoogleScholar) is 200 requests of DBLP-ACM's 1274 + 3 tokens: that rate counts 5 % too many.
+        That is less than `samples` if the last requests filled no batch. The only number that is not whole (opt-6.7b,
+        DBLP-GoogleScholar) corresponds to 200 requests with DBLP-ACM's 1274 + 3 tokens: that rate counts 5 % too many
+        tokens.
         """
         if shape not in self.published:
             return None
@@ -89,7 +90,7 @@ ROWS = (
 def time_rows(
     engine: Engine, rows: Iterable[Row], shares: Iterable[float], samples: int | None, shape: str, rates: Rates
 ) -> list[dict[str, Any]]:
-    """Time each row with each share, printing each; one that fails says so."""
+    """Time each row with each share, and print it; the result of a row that fails is its error."""
     timed = []
     for row in rows:
         for share in shares:
@@ -106,7 +107,7 @@ def time_rows(
 
 
 def table_line(result: dict[str, Any]) -> str:
-    """One row of the printed table."""
+    """Format one row of the printed table."""
     told = f"{result['dataset']:20} {result['share']:4.0%} shared  {result['row']:>18}"
     if "error" in result:
         return f"{told}  {result['error']}"

@@ -1,9 +1,9 @@
-"""How near sweeps come to the disk's rate: `python -m benchmarks.disk_tier --shape opt-30b --offload-dir DIR`.
+"""How close sweeps come to the disk's rate: `python -m benchmarks.disk_tier --shape opt-30b --offload-dir DIR`.
 
-Opens random weights of a shape with so many percent of them on disk, and runs requests of one token that share most of
-their prompt: one sweep each time. The limit is what a plain reader takes for the same bytes of the same files: direct
-reads by as many threads, into memory that nobody looks at, right before and right after each run. Also looks at how
-much the page cache grew, which direct reads leave as it is (other processes do not).
+Opens random weights of a shape with a part of them on disk, and runs requests for one token that share most of their
+prompt, in one sweep at a time. The limit is the time that a plain reader takes for the same bytes of the same files, by
+direct reads with as many threads, right before and right after each run. Also records how much the page cache grew,
+which direct reads do not change (other processes may).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def page_cache_bytes() -> int:
-    """What the system holds of files in memory (Linux)."""
+    """Bytes of files in the system's page cache (Linux)."""
     with open("/proc/meminfo", encoding="ascii") as stream:
         return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("Cached:"))
 
 
 def policy_of(options: argparse.Namespace, disk: float) -> Policy:
-    """`disk` percent of the weights on disk, the device's share on the device, the rest in host memory."""
+    """A policy with `disk` percent of the weights on disk, a given share on the device, and the rest in host memory."""
     mapping = {
         "weights": {"gpu": options.gpu, "cpu": 100 - options.gpu - disk, "disk": disk},
         "kv-cache": {"gpu": 100, "cpu": 0},
@@ -50,14 +50,14 @@ def policy_of(options: argparse.Namespace, disk: float) -> Policy:
 
 
 def requests_for(engine: Engine) -> list[Request]:
-    """Direct reads that bring everything of the weights that is on disk."""
+    """Direct reads of all weights that are on disk."""
     placed = engine.parts.weights.placed.values()
     return requests_of(span for unit in placed for span in unit.disk_spans(unit.part.first, unit.part.end))
 
 
 def plain_read_s(requests: list[Request]) -> float:
-    """Seconds of `requests` and nothing else, by as many threads as the engine reads with."""
-    memory = memoryview(mmap.mmap(-1, PIECE_BYTES))  # all threads read into it: nobody looks at it
+    """Time `requests` alone, read by as many threads as the engine uses."""
+    memory = memoryview(mmap.mmap(-1, PIECE_BYTES))  # all threads read into the same memory, which nobody uses
     start = time.perf_counter()
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(lambda each: each.file.read(each.first, memory, each.end - each.first), requests):
@@ -66,11 +66,11 @@ def plain_read_s(requests: list[Request]) -> float:
 
 
 def measure(shape: str, policy: Policy, load: Workload, runs: int) -> dict[str, Any]:
-    """Time `runs` calls of the workload, and a plain reader of the same bytes around each; seconds, and the ratio."""
+    """Time `runs` calls of the workload, and a plain reader of the same bytes around each; seconds, with the ratio."""
     start, cached = time.perf_counter(), page_cache_bytes()
     with open_dummy(shape, policy) as engine:
         load_s, cached_by_load = time.perf_counter() - start, page_cache_bytes() - cached
-        timed(engine, load, seed=1)  # claims the memory that it needs
+        timed(engine, load, seed=1)  # allocates the memory that the workload needs
         requests, cached = requests_for(engine), page_cache_bytes()
         plain, times = [plain_read_s(requests)], []
         for seed in range(2, 2 + runs):
@@ -98,7 +98,7 @@ def measure(shape: str, policy: Policy, load: Workload, runs: int) -> dict[str, 
 
 
 def main() -> None:
-    """Measure the engine at each share, beside a plain reader; print and record both."""
+    """Measure the engine at each share and a plain reader; print and record both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")
     parser.add_argument("--weights", type=float, nargs="+", default=[50.0], help="percents of the weights on disk")

@@ -1,10 +1,10 @@
-"""How many of a draft's tokens come, on a real small model with its own 4-bit copy as the draft, and what that takes.
+"""The acceptance rate of drafted tokens: a real small model, with its own 4-bit copy as the draft model.
 
     python -m benchmarks.draft_acceptance --data DIR [--model DIR] [--requests 8] [--new 64] [--out DIR]
 
-Prompts are GSM8K's test questions behind five worked examples, and MMLU's test questions; answers are greedy, then
-sampled at temperature 1. The draft's matrices are those that `compress-weight: 4` stands for, in full width: it is as
-slow as the model here and would not be used, so the length of drafts is fixed (`SIZE`). Told is how many come.
+Prompts are GSM8K's test questions after five worked examples, and MMLU's test questions; answers are greedy, then
+sampled at temperature 1. The draft's matrices are the decoded values of `compress-weight: 4`, in full width: it is as
+slow as the model and would not be used, so the length of drafts is fixed (`SIZE`). Only the acceptance is reported.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SUBJECTS = ("anatomy", "college_chemistry", "philosophy")
 
 
 class Fixed(Pace):
-    """Drafts as many tokens in every sweep, whether it pays or not."""
+    """Drafts a fixed number of tokens in every sweep."""
 
     def size(self, count: int, rows: int) -> int:
         return SIZE
@@ -45,7 +45,7 @@ class Fixed(Pace):
 
 
 def write_rounded(model: Path, folder: Path, bits: int) -> None:
-    """Write a copy of `model` whose layers' matrices are as codes of so many bits stand for."""
+    """Write a copy of `model` whose layers' matrices are encoded with so many bits and decoded again."""
     codec = codec_of(bits)
     assert codec is not None
     built = CausalModel(model, torch.float32, torch.device("cpu"))
@@ -60,7 +60,7 @@ def write_rounded(model: Path, folder: Path, bits: int) -> None:
 
 
 def prompts_of(data: Path, count: int) -> dict[str, list[str]]:
-    """So many prompts of each data set."""
+    """Return `count` prompts of each data set."""
     train, test = (
         [json.loads(line) for line in (data / "gsm8k" / f"gsm_data_{part}").read_text().splitlines() if line]
         for part in ("train", "test")
@@ -78,7 +78,7 @@ def prompts_of(data: Path, count: int) -> dict[str, list[str]]:
 
 
 def run(model: Path, draft: Path | None, jobs: Sequence[Job]) -> tuple[dict[str, Any], list[tuple[int, ...]]]:
-    """What jobs take with a draft, or without, and their tokens."""
+    """Run jobs with or without a draft; returns the measured figures and their tokens."""
     policy = {"device": "cpu", "dtype": "float32"} | ({} if draft is None else {"draft-model": str(draft)})
     with Engine.from_pretrained(str(model), policy=policy) as engine:
         engine.wait_until_loaded()
@@ -99,7 +99,7 @@ def run(model: Path, draft: Path | None, jobs: Sequence[Job]) -> tuple[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and record."""
+    """Measure and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path)

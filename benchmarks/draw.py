@@ -1,8 +1,8 @@
-"""Draws records: `python -m benchmarks.draw RECORD.json … --out PICTURE.png` (needs matplotlib).
+"""Draws records as pictures: `python -m benchmarks.draw RECORD.json … --out PICTURE.png` (needs matplotlib).
 
-Records of `flexgen-helm bench --curve` give FlexGen's latency-throughput curve, a line each, and those of
-`benchmarks.rivals.run`, one for each number of sequences, a line for each contender; a record of `benchmarks.timeline`
-gives the timeline.
+Records of `flexgen-helm bench --curve` give FlexGen's latency-throughput curve, with a line for each record. Records of
+`benchmarks.rivals.run`, one for each number of sequences, give a line for each contender. A record of
+`benchmarks.timeline` gives the timeline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ COLOURS = {"to device": "tab:blue", "from device": "tab:cyan", "compute": "tab:o
 
 
 def curve_points(record: dict[str, Any]) -> list[tuple[int, float, float]]:
-    """(sequences, seconds, generated tokens per second) of the 512-in, 32-out rows that ended well, by sequences."""
+    """(sequences, seconds, generated tokens per second) of the successful rows of 512 + 32 tokens, by sequences."""
     points = []
     for row in record["rows"]:
         load = Workload.parse(row["row"])
@@ -28,7 +28,7 @@ def curve_points(record: dict[str, Any]) -> list[tuple[int, float, float]]:
 
 
 def curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
-    """The points of each line, by its label; other cards and other policies are other lines."""
+    """The points of each line, by its label; each GPU and each policy has a line of its own."""
     found: dict[str, list[tuple[int, float, float]]] = {}
     for record in records:
         policy = dict(record.get("policy", {}))
@@ -45,7 +45,7 @@ def curves(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, float, fl
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
-    """FlexGen's figure: latency of a block of sequences against throughput, both logarithmic."""
+    """Draw FlexGen's figure: latency of a block of sequences against throughput, both axes logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,7 +65,7 @@ def draw_curve(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_timeline(record: dict[str, Any], path: Path, first_ms: float, last_ms: float | None) -> None:
-    """One lane for each stream and kind of work; what is missing in a lane is a gap."""
+    """Draw one lane for each stream and kind of work; a gap in a lane is idle time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,7 +91,7 @@ def draw_timeline(record: dict[str, Any], path: Path, first_ms: float, last_ms: 
 
 
 def _gb(memory: str) -> str:
-    """A policy's memory limit, which is kept in kB, for a reader."""
+    """Format a policy's memory limit, which is stored in kB, in GB."""
     from engine.reading import parse_bytes
 
     return f"{parse_bytes(memory, 'gpu-memory') / 1e9:g} GB"
@@ -104,7 +104,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def main() -> None:
-    """Draw what the records hold."""
+    """Draw the given records."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png")

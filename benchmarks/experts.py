@@ -1,10 +1,11 @@
-"""Experts of one layer of a mixture: our function beside transformers' own, and beside what the hardware allows.
+"""The experts of one layer of a mixture: the engine's function, transformers' own, and what the hardware allows.
 
     python -m benchmarks.experts [--device cuda] [--dtype bfloat16] [--tokens 128 … 16384] [--out DIR]
 
-Random tokens choose random experts. The limit of a row is the larger of two times: of its products at the rate of one
-large product, and of reading the chosen experts' matrices once at the rate of the device's memory; both are measured in
-the same call. Ours must agree with each of the others, and give a token the same bits alone and among all.
+Random tokens choose random experts. The limit of a row is the larger of two times: its products at the rate of one
+large product, and one reading of the chosen experts' matrices at the rate of the device's memory; both rates are
+measured in the same call. The engine's results must agree with each of the others, and must be bit-equal for a token
+alone and among all tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENS = (128, 512, 2048, 8192, 16384)
 THEIRS = ("eager", "grouped_mm", "batched_mm")
 _MOST_COPIED = 16 << 30
-"""Bytes of matrices that `batched_mm` may copy, one pair of them for each choice of a token."""
+"""Bytes of matrices that `batched_mm` may copy: it copies one pair of matrices for each expert chosen by a token."""
 _SECONDS = 2.0
-"""For the runs of one measurement, about."""
+"""Approximate seconds for the runs of one measurement."""
 _FEW = 7
-"""Tokens that are computed alone, too."""
+"""Number of tokens that are also computed alone."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ SHAPES = {
 
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
-    """The module of a layer's experts with random numbers."""
+    """Build the module of a layer's experts with random numbers."""
     config = CONFIG_MAPPING[shape.model_type](**shape.config)
     with torch.device("meta"):
         module = shape.kind(config)
@@ -75,7 +76,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def measure(shape: Shape, module: Any, tokens: int, rates: Rates) -> dict[str, Any]:
-    """Seconds of each implementation for so many tokens, how far they are from ours, and the limit."""
+    """Time each implementation for so many tokens; returns seconds, differences from the engine's, and the limit."""
     like = module.down_proj
     hidden = torch.randn(tokens, module.config.hidden_size, device=like.device).to(like.dtype)
     scores = torch.randn(tokens, module.num_experts, device=like.device)
@@ -111,12 +112,12 @@ def measure(shape: Shape, module: Any, tokens: int, rates: Rates) -> dict[str, A
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """The median of repeated calls."""
+    """Return the median time of repeated calls."""
     return median_seconds(call, device, seconds=_SECONDS)
 
 
 def kernels_of(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of each kernel of one call, the longest first; nothing on the CPU."""
+    """Seconds of each kernel of one call, longest first; empty on the CPU."""
     if not accelerator.has_streams(device):
         return {}
     with torch.profiler.profile() as profile:
@@ -127,7 +128,7 @@ def kernels_of(call: Callable[[], object], device: torch.device) -> dict[str, fl
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row for people."""
+    """Format a row for printing."""
     limit = 1e3 * max(row["products_s"], row["matrices_s"])
     told = [f"{row['tokens']:6} tokens  limit {limit:8.3f} ms"]
     for name in ("ours", *THEIRS):
@@ -160,7 +161,7 @@ def main() -> None:
                 told[name].append(row)
                 print(line(row), flush=True)
                 distances = {other: row[other]["relative_distance"] for other in THEIRS if other in row}
-                if not row["same_bits_alone"] and device.type != "cpu":  # there only batch-invariant promises that
+                if not row["same_bits_alone"] and device.type != "cpu":  # on the CPU only batch-invariant does
                     differing.append(f"{name}, {tokens} tokens: bits depend on what is computed beside a token")
                 differing += [
                     f"{name}, {tokens} tokens: {distance:.2g} from {other}"

@@ -1,4 +1,4 @@
-"""Runs the GPU parity tests and writes what they measured: `python -m benchmarks.gpu_parity [--out DIR]`."""
+"""Runs the GPU parity tests and records what they measured: `python -m benchmarks.gpu_parity [--out DIR]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> int:
-    """Run tests/gpu; the largest log-probability difference of each test goes into the results."""
+    """Run tests/gpu; records the largest log-probability difference of each test."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="directory of the record")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Real HELM runs: our runner beside HELM's own Hugging Face client, same model, same machine, same call.
+"""Real HELM runs: our runner and HELM's own Hugging Face client, with the same model, machine and call.
 
     python -m benchmarks.helm_client --data DIR --model DIR [--subjects …] [--gsm 100] [--instances 100]
 
-DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021: one token out of a long prompt) and,
+The data directory holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021: one token after a long prompt) and,
 for `--gsm TOKENS`, `gsm8k/gsm_data_{train,test}` (Cobbe et al. 2021: 5-shot generation, cut after TOKENS tokens). Every
-contender is a process of its own that runs HELM's `helm-run`. What is timed is the execution of requests, model loading
-included, and the whole process beside it. Prints the ratio against the faster of the reference's `-n 1` and `-n 4`,
-whether predictions agree, how many tokens prefix sharing leaves to compute, and which part of the time a matrix product
-of the model's own shapes would take for those.
+contender is a process of its own that runs HELM's `helm-run`. The execution of requests is timed, model loading
+included, and the whole process too. Prints the speed relative to the faster of the reference's `-n 1` and `-n 4`,
+whether predictions agree, how many tokens remain to be computed with shared prefixes, and which part of the time matrix
+products of the model's own sizes would take for those tokens.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ CONTENDERS = {
 }
 SUBJECTS = ["abstract_algebra", "anatomy", "us_foreign_policy", "college_medicine", "high_school_world_history"]
 _GEMM_ROWS = 1024
-"""Rows of the matrix products that the rate is measured with: a micro-batch's on the CPU."""
+"""Rows of the matrix products whose rate is measured: a micro-batch's size on the CPU."""
 
 
 def run_child(arguments: list[str]) -> None:
-    """Inside a contender's process: run HELM, timing the execution of requests, and print the seconds last."""
+    """Run HELM inside a contender's process; prints the seconds of executing requests last."""
     from helm.benchmark.executor import Executor
     from helm.benchmark.run import main as helm_run
 
@@ -72,7 +72,7 @@ def run_child(arguments: list[str]) -> None:
 
 
 def write_entries(local_path: Path, model: Path, policy: str) -> None:
-    """HELM's description of the model and of its three deployments."""
+    """Write HELM's entries for the model and its three deployments."""
     local_path.mkdir(parents=True)
     path = str(model.resolve())
     hugging = {
@@ -134,7 +134,7 @@ def write_entries(local_path: Path, model: Path, policy: str) -> None:
 
 
 def place_data(data: Path, subjects: list[str], output: Path, *, gsm: bool) -> None:
-    """Put the data where HELM's scenarios look for their downloads; what is there already is put there again."""
+    """Copy the data to where HELM's scenarios look for their downloads, replacing what is there."""
     for split in ("dev", "test"):
         target = output / "scenarios" / "mmlu" / "data" / split
         target.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def place_data(data: Path, subjects: list[str], output: Path, *, gsm: bool) -> N
 
 
 def predictions(suite: Path) -> list[tuple[str, str, list[str]]]:
-    """(run, prompt, completion texts) of every request under a suite."""
+    """Read (run, prompt, completion texts) of every request of a suite."""
     found = []
     for state in sorted(suite.glob("*/scenario_state.json")):
         for entry in json.loads(state.read_text())["request_states"]:
@@ -157,7 +157,7 @@ def predictions(suite: Path) -> list[tuple[str, str, list[str]]]:
 
 
 def run_helm(command: list[str]) -> tuple[float, float]:
-    """(seconds of executing requests, seconds of the process)."""
+    """Run HELM; returns (seconds of executing requests, seconds of the process)."""
     start = time.perf_counter()
     env = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
@@ -167,9 +167,9 @@ def run_helm(command: list[str]) -> tuple[float, float]:
 
 
 def spans_to_compute(prompts: list[list[int]]) -> list[tuple[int, int]]:
-    """(first, end) positions that are left of each prompt when every shared beginning is computed once.
+    """Return the (first, end) positions of each prompt that must be computed if every shared prefix is computed once.
 
-    A last token is always computed.
+    The last token of a prompt is always computed.
     """
     ordered = sorted(prompts)
     spans = [(0, len(ordered[0]))] if ordered else []
@@ -181,12 +181,12 @@ def spans_to_compute(prompts: list[list[int]]) -> list[tuple[int, int]]:
 
 
 def tokens_in(spans: list[tuple[int, int]]) -> int:
-    """Positions in spans."""
+    """Count the positions in spans."""
     return sum(end - first for first, end in spans)
 
 
 def linear_layers(model: Path) -> tuple[Any, list[Any], Any]:
-    """Config, linear modules without the head, and the head of a model, built without weights."""
+    """Config, linear modules without the head, and the head of a model that is built without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -198,7 +198,7 @@ def linear_layers(model: Path) -> tuple[Any, list[Any], Any]:
 
 
 def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
-    """Operations of the layers for these positions: matrix products, and attention to all that came before."""
+    """Floating-point operations of the layers for these positions: matrix products, and attention to earlier tokens."""
     config, layers, _ = linear_layers(model)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_hidden_layers * config.num_attention_heads * head_dim
@@ -207,7 +207,7 @@ def flop_of(model: Path, spans: list[tuple[int, int]]) -> float:
 
 
 def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
-    """Seconds that this machine's float32 matrix products take for `tokens` through the layers, `answers` the head."""
+    """Seconds of this machine's float32 matrix products for `tokens` in the layers and `answers` in the head."""
     import torch
 
     from engine.measuring.rates import gemm_rate
@@ -225,7 +225,7 @@ def gemm_seconds(model: Path, tokens: int, answers: int) -> float:
 
 
 def count_tokens(model: Path, found: list[tuple[str, str, list[str]]]) -> dict[str, float]:
-    """Tokens of the prompts, of those that must be computed, and of the answers, by the model's own tokenizer."""
+    """Count tokens of the prompts, of those that must be computed, and of the answers, by the model's own tokenizer."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -243,7 +243,7 @@ def count_tokens(model: Path, found: list[tuple[str, str, list[str]]]) -> dict[s
 
 
 def add_entry_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which data, model and HELM runs."""
+    """Add the flags that name data, model and HELM runs."""
     parser.add_argument("--data", type=Path, required=True, help="directory with mmlu/{dev,test}/*.csv and gsm8k/")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--subjects", nargs="*", default=SUBJECTS, help="of MMLU; none: leave MMLU out")
@@ -252,7 +252,7 @@ def add_entry_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def named_entries(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    """The run entries that the flags name; ends the program when there is none."""
+    """Return the run entries that the flags name; ends the program if there are none."""
     entries = [f"mmlu:subject={subject}" for subject in options.subjects]
     if options.gsm:
         entries.append(f"gsm:num_output_tokens={options.gsm}")

@@ -1,7 +1,7 @@
-"""What attention on the host reads a second, alone and beside copies: `python -m benchmarks.host_attention`.
+"""Bytes per second that attention on the host reads, alone and during copies: `python -m benchmarks.host_attention`.
 
-Keys and values lie as the KV cache has them: rows of all heads, sequence by sequence. Beside it runs torch's own
-`scaled_dot_product_attention`, over the same rows.
+Keys and values are stored as in the KV cache: rows of all heads, sequence by sequence. torch's own
+`scaled_dot_product_attention` over the same rows is timed for comparison.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ def _calls_a_second(call: Callable[[], object], seconds: float) -> float:
 
 
 class Copies:
-    """Copies from page-locked host memory to the device, one behind the other, while its context lasts."""
+    """Copies from page-locked host memory to the device, one after the other, while its context is active."""
 
     def __init__(self, device: torch.device) -> None:
         self._arena, self._device = Arena(device), device
         self._host, self._there = self._arena.empty(_COPY_BYTES, "host"), self._arena.empty(_COPY_BYTES, "device")
         self.bytes_s = 0.0
-        """Of the last time."""
+        """The rate of the last use."""
 
     def _run(self) -> None:
         stream, start, count = accelerator.new_stream(self._device), time.perf_counter(), 0

@@ -1,11 +1,11 @@
-"""A few-shot MMLU task in Inspect: our provider beside Inspect's own `hf`, same model, same machine, same call.
+"""A few-shot MMLU task in Inspect: our provider and Inspect's own `hf`, with the same model, machine and call.
 
     python -m benchmarks.inspect_mmlu --data DIR --model DIR [--subjects …] [--instances 50] [--shots 5] [--output DIR]
 
-DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). Runs in an environment that has
-inspect_ai (tests/README.md). Every contender is a process of its own; what is timed is `eval()`, without the loading of
-the model and one sample, which come before it. `hf` computes as many samples at once as `--batch-sizes` says, and the
-fastest counts. Prints the ratio, and how many answers agree.
+The data directory holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). Runs in an environment with
+inspect_ai (tests/README.md). Every contender is a process of its own; `eval()` is timed, after the model is loaded and
+one sample has been evaluated. `hf` is run with each of `--batch-sizes`, and the fastest run counts. Prints the ratio of
+speeds, and how many answers agree.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ MOST_TOKENS = 2
 
 
 def rows_of(data: Path, split: str, subject: str) -> list[list[str]]:
-    """Question, four choices and the letter of the right one, a row each."""
+    """Read the questions of a subject: question, four choices and the letter of the right one."""
     with (data / "mmlu" / split / f"{subject}_{split}.csv").open(newline="", encoding="utf-8") as stream:
         return list(csv.reader(stream))
 
 
 def asked(row: list[str], *, answered: bool) -> str:
-    """A question as Hendrycks et al. put it."""
+    """Format a question as Hendrycks et al. do."""
     question, *choices, letter = row
     listed = "\n".join(f"{name}. {choice}" for name, choice in zip(LETTERS, choices, strict=True))
     return f"{question}\n{listed}\nAnswer:{f' {letter}' if answered else ''}"
 
 
 def prompts_of(data: Path, subjects: list[str], instances: int, shots: int) -> list[tuple[str, str]]:
-    """(prompt, right letter) of the first `instances` questions of each subject, behind the same examples."""
+    """(prompt, right letter) of the first `instances` questions of each subject, after the same examples."""
     found = []
     for subject in subjects:
         told = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}."
@@ -53,7 +53,7 @@ def prompts_of(data: Path, subjects: list[str], instances: int, shots: int) -> l
 
 
 def run_child(contender: str, model: str, questions: Path, batch_size: int) -> None:
-    """Inside a contender's process: print seconds and answers as JSON, last."""
+    """Evaluate inside a contender's process; prints seconds and answers as JSON, last."""
     from inspect_ai import Task, eval
     from inspect_ai.dataset import MemoryDataset, Sample
     from inspect_ai.model import GenerateConfig, get_model
@@ -71,13 +71,13 @@ def run_child(contender: str, model: str, questions: Path, batch_size: int) -> N
     samples = [Sample(input=text, target=letter) for text, letter in json.loads(questions.read_text())]
     task = Task(MemoryDataset(samples), solver=generate(), scorer=match(location="begin"), name="mmlu")
     with tempfile.TemporaryDirectory() as logs:
-        eval(task, model=made, display="none", log_dir=logs, limit=1)  # whatever is loaded once
+        eval(task, model=made, display="none", log_dir=logs, limit=1)  # loads everything that is loaded once
         start = time.perf_counter()
         [log] = eval(task, model=made, display="none", log_dir=logs)
         seconds = time.perf_counter() - start
         if log.status != "success" or log.samples is None:
             raise SystemExit(f"{contender} failed: {log.error}")
-        texts = {str(sample.id): sample.output.completion for sample in log.samples}  # read from the log, when asked
+        texts = {str(sample.id): sample.output.completion for sample in log.samples}  # read from the log on demand
     print("\n" + json.dumps({"seconds": seconds, "texts": texts}))
 
 

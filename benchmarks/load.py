@@ -1,14 +1,13 @@
-"""Many requests, and long ones: what each takes in time and memory, with a model that is next to nothing.
+"""The time and memory of many requests, and of long ones, with a model so small that it hardly counts.
 
     python -m benchmarks.load [--parts complete suite prompt answer] [--requests 1000000] [--suite-requests 100000]
         [--prompt-tokens 131072] [--answer-tokens 100000] [--name load] [--out DIR]
 
 complete: so many lines of JSON through `flexgen-helm complete`, and the same command again, which finds all answered.
-Memory is that of the largest process, and beyond what a command of a tenth of the lines takes, a request.
-suite: so many requests in one suite of `flexgen-helm sweep`.
-prompt: one prompt as long as the model's window, with keys and values on the disk, beside transformers.
-answer: one answer of so many tokens; each is the likeliest one in one pass of transformers over the whole text, by
-up to 1e-3 of a logit.
+Memory is that of the largest process; the memory per request is what exceeds a command with a tenth of the lines.
+suite: so many requests in one suite of `flexgen-helm sweep`. prompt: one prompt as long as the model's window, with
+keys and values on disk, compared with transformers. answer: one answer of so many tokens; each must be the likeliest
+one in one pass of transformers over the whole text, within 1e-3 of a logit.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSE = 1e-3
-"""By how much another token's logit may be above that of the one that was chosen: sums are added in another order."""
+"""How much larger another token's logit may be than that of the chosen one, because sums are added in another order."""
 
 
 def write_lines(file: Path, number: int) -> int:
@@ -42,7 +41,7 @@ def write_lines(file: Path, number: int) -> int:
 
 
 def run_command(*arguments: str, folder: Path) -> dict[str, float]:
-    """Seconds of `flexgen-helm` and the bytes of its largest process; ends the program where it fails."""
+    """Run `flexgen-helm`; returns its seconds and the bytes of its largest process. Ends the program if it fails."""
     program = (
         "import resource, sys; from flexgen_helm.run import main; code = main(sys.argv[1:]); "
         "peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]; "
@@ -60,7 +59,7 @@ def run_command(*arguments: str, folder: Path) -> dict[str, float]:
 
 
 def check_lines(file: Path, number: int) -> None:
-    """All answers are there, once and in order."""
+    """Check that all answers are there, once and in order."""
     with file.open() as stream:
         for place in range(number):
             entry = json.loads(stream.readline())
@@ -71,7 +70,7 @@ def check_lines(file: Path, number: int) -> None:
 
 
 def measure_complete(work: Path, number: int) -> dict[str, float]:
-    """Lines through `complete`: of all, and of a tenth, which tells what does not depend on their number."""
+    """Measure `complete` with all lines and with a tenth of them, which shows what does not depend on their number."""
     found = []
     for count in (number // 10, number):
         name = f"lines{count}.jsonl"
@@ -120,7 +119,7 @@ def measure_suite(work: Path, number: int, runs: int = 10) -> dict[str, float]:
 
 
 def long_model(path: Path, window: int) -> Path:
-    """The model with a window of so many tokens, and no token that ends a text."""
+    """Write the model with a window of so many tokens, and without end-of-text tokens."""
     make_model(path)
     config = json.loads((path / "config.json").read_text())
     config.update(max_position_embeddings=window, eos_token_id=None)
@@ -130,7 +129,7 @@ def long_model(path: Path, window: int) -> Path:
 
 
 def largest_behind(path: Path, text: Sequence[int], first: int) -> tuple[Any, Any]:
-    """Logits of transformers for the tokens of `text` from `first` on, and the largest ones there."""
+    """Return transformers' logits of the tokens of `text` from `first` on, and the largest logits there."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -146,7 +145,7 @@ def largest_behind(path: Path, text: Sequence[int], first: int) -> tuple[Any, An
 
 
 def measure_long(work: Path, name: str, prompt_tokens: int, new_tokens: int) -> dict[str, float]:
-    """One job: its seconds, and what memory grew by; its tokens are those of transformers."""
+    """Time one job and the growth of memory; its tokens must be those of transformers."""
     from engine import Engine, Job
 
     path = long_model(work / name, prompt_tokens + new_tokens)
@@ -171,12 +170,12 @@ def measure_long(work: Path, name: str, prompt_tokens: int, new_tokens: int) -> 
 
 
 def peak_bytes() -> float:
-    """The most memory that this process has had."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def main() -> None:
-    """Measure the parts that are asked for; the record is written anew behind each."""
+    """Measure the parts asked for; the record is written again after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("complete", "suite", "prompt", "answer")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)

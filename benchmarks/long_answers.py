@@ -1,16 +1,17 @@
-"""Long answers of many lengths: a model that the card holds, beside transformers, and one that it does not.
+"""Long answers of many lengths, with a model that fits on the GPU and one that does not.
 
     python -m benchmarks.long_answers [--parts resident offloaded] [--out DIR]
 
-resident: Llama-3-8B's shape on the whole card, 250 requests of 300 tokens, answers from a long-tailed distribution up
-to 2,048 tokens: this engine, the continuous batching of `transformers` (the loop of `generate_batch`, with a length
-for each request), and its `generate`, one batch at a time, each to the end of its longest answer.
+resident: Llama-3-8B's shape wholly on the GPU, 250 requests of 300 tokens, answers from a long-tailed distribution up
+to 2,048 tokens: this engine; the continuous batching of `transformers` (the loop of `generate_batch`, with a length for
+each request); and its `generate`, one batch at a time, each until its longest answer is complete.
 
 offloaded: OPT-30B's shape in 16 GB, weights and keys and values in 4 bits, 512 requests of 300 tokens, answers of 16 to
-64, 256 at a time, beside the least time that the link, measured in the same call, needs for what must cross it.
+64, 256 at a time, compared with the least time that the link, measured in the same call, needs for the bytes that must
+cross it.
 
-All choose greedily, without drafts, which the repetitive answers of random weights would flatter. Answers end where
-they are told to. The record is written anew whenever something is known.
+All choose greedily, without drafts, because random weights repeat themselves, which drafts profit from. Answers have
+given lengths. The record is written again whenever a result is there.
 """
 
 from __future__ import annotations
@@ -44,28 +45,28 @@ ROOT = Path(__file__).resolve().parent.parent
 ASKED = {"of generate_batch": 0.9, "of generate": 4.0, "of the link's limit": 0.8}
 RIVALS = ["generate_batch", "generate"]
 Told = Callable[[str, dict[str, Any]], None]
-"""Keeps what is known of a contender."""
+"""Records what is known about a contender."""
 
 
 def long_tailed(count: int, most: int, seed: int = 0) -> list[int]:
-    """Lengths of answers: log-normal with a median of a tenth of `most`, of which a few reach it."""
+    """Lengths of answers: log-normal with a median of a tenth of `most`, which a few reach."""
     dice = random.Random(seed)
     return [max(1, min(most, round(most / 10 * dice.lognormvariate(0.0, 1.1)))) for _ in range(count)]
 
 
 def even(count: int, least: int, most: int, seed: int = 0) -> list[int]:
-    """Lengths of answers, each as likely as any other."""
+    """Lengths of answers, uniformly distributed."""
     dice = random.Random(seed)
     return [dice.randint(least, most) for _ in range(count)]
 
 
 def prompts_of(shape: str, count: int, own: int) -> list[list[int]]:
-    """Random prompts that share nothing."""
+    """Random prompts that share no prefix."""
     return Workload(1, count, 0, own, 1).prompts(shape_config(shape)["vocab_size"])
 
 
 def ask(engine: Engine, prompts: list[list[int]], lengths: list[int]) -> dict[str, Any]:
-    """Answers of these lengths to all prompts: seconds, tokens, and what the sweeps were."""
+    """Generate answers of these lengths to all prompts; returns seconds, tokens, and figures of the sweeps."""
     timings: list[SweepTiming] = []
     engine.observer = timings.append
     jobs = [Job(prompt=prompt, max_new_tokens=most) for prompt, most in zip(prompts, lengths, strict=True)]
@@ -93,7 +94,7 @@ def ask(engine: Engine, prompts: list[list[int]], lengths: list[int]) -> dict[st
 
 
 def _by_size(steps: list[SweepTiming]) -> dict[int, list[float]]:
-    """Seconds of sweeps that only decode, by how many sequences at most they have: a power of two."""
+    """Seconds of sweeps that only decode, by the number of sequences rounded up to a power of two."""
     found: dict[int, list[float]] = {}
     for step in steps:
         found.setdefault(1 << (step.num_sequences - 1).bit_length(), []).append(step.sweep_s + step.host_s)
@@ -101,13 +102,13 @@ def _by_size(steps: list[SweepTiming]) -> dict[int, list[float]]:
 
 
 def without_drafts(engine: Engine) -> None:
-    """Let an engine draft nothing."""
+    """Turn an engine's drafts off."""
     scheduler = engine.parts.lanes[0].scheduler
     scheduler.limits = replace(scheduler.limits, free_rows=0)
 
 
 def ours(shape: str, policy: Policy, prompts: list[list[int]], lengths: list[int]) -> dict[str, Any]:
-    """The engine, rehearsed by as many answers of two tokens."""
+    """Time the engine, after a rehearsal with as many answers of two tokens."""
     with open_dummy(shape, policy) as engine:
         without_drafts(engine)
         ask(engine, prompts, [2] * len(prompts))
@@ -117,7 +118,7 @@ def ours(shape: str, policy: Policy, prompts: list[list[int]], lengths: list[int
 
 
 def resident(options: argparse.Namespace, told: Told) -> None:
-    """The engine beside `transformers`, on the same card and in the same call."""
+    """Compare the engine with `transformers`, on the same GPU and in the same call."""
     lengths = long_tailed(options.requests, options.most)
     prompts = prompts_of(options.shape, options.requests, options.own)
     told("resident", {"shape": options.shape, "requests": len(prompts), "own": options.own, "lengths": lengths})
@@ -131,7 +132,7 @@ def resident(options: argparse.Namespace, told: Told) -> None:
     for name in options.rivals:
         try:
             found = contenders[name]()
-        except Exception as error:  # a rival that fails is a row that says so
+        except Exception as error:  # a contender that fails has its error in the record
             found = {"failed": f"{type(error).__name__}: {error}"[:500]}
         if "tokens_s" in found:
             ratio, asked = first["tokens_s"] / found["tokens_s"], ASKED[f"of {name}"]
@@ -143,10 +144,10 @@ def resident(options: argparse.Namespace, told: Told) -> None:
 def least_link_s(
     prompts: list[list[int]], lengths: list[int], sizes: Sizes, plan: Plan, link: float, sweeps: int | None = None
 ) -> float:
-    """Seconds that the link, of so many bytes a second, needs at least for weights and for keys and values.
+    """Least seconds of a link of so many bytes per second for the weights and for keys and values.
 
-    Weights cross once a sweep. Of sweeps there are as many as were seen, or, where none are told, what a schedule needs
-    that never leaves a seat empty. Keys and values of decode steps cross, but for those that the device has room for.
+    Weights cross the link once per sweep. The number of sweeps is that seen, or, without one, that of a schedule which
+    keeps every sequence slot occupied. Keys and values of decode steps cross it, except those that fit on the device.
     """
     at_once = min(len(prompts), plan.limits.seats)
     kept = [len(prompt) + most - 1 for prompt, most in zip(prompts, lengths, strict=True)]
@@ -162,7 +163,7 @@ def least_link_s(
 
 
 def offloaded(options: argparse.Namespace, told: Told) -> None:
-    """The engine beside the link's limit."""
+    """Compare the engine with the link's limit."""
     lengths = even(options.offloaded_requests, 16, 64)
     prompts = prompts_of(options.offloaded_shape, len(lengths), options.own)
     policy = Policy.from_mapping(options.offloaded_policy, where="the benchmark")
@@ -212,7 +213,7 @@ def _shown(value: Any) -> str:
 
 
 def main() -> None:
-    """Run the parts, and keep what each contender has to tell as soon as it is known."""
+    """Run the parts, and record each contender's result as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS)

@@ -1,8 +1,8 @@
-"""What lossless weights cost: `python -m benchmarks.lossless` - expansion on the device, encoding on the host.
+"""The cost of lossless weights: `python -m benchmarks.lossless` - decoding on the device, encoding on the host.
 
-Matrices of Llama-3-8B's shape of normal random numbers. Expansion is told in bytes of numbers written a second, beside
-a large copy within device memory (bytes read and written a second) in the same process, and as a part of what that
-copy's rate allows: a number takes 1.51 bytes read and two written.
+Matrices of Llama-3-8B's sizes with normal random numbers. The decoding rate is given in bytes of numbers written per
+second, next to the rate of a large copy within device memory (bytes read and written per second) in the same process,
+and as a fraction of what the copy's rate allows: a number takes 1.51 bytes read and 2 bytes written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
-    """Stored bytes of a parameter, in host memory."""
+    """Return the encoded bytes of a parameter, in host memory."""
     codec = Lossless()
     stored = torch.zeros(codec.num_weight_bytes(values), dtype=torch.uint8)
     for first, part in codec.encoded("matrix", values, 0, values.flatten(), values.device):
@@ -33,9 +33,9 @@ def encode(values: torch.Tensor) -> torch.Tensor:
 
 
 def time_matrix(shape: tuple[int, int], device: torch.device, copy_rate: float) -> dict[str, object]:
-    """Bits a number, and rates in bytes of numbers a second."""
+    """Bits per number, and rates in bytes of numbers per second."""
     values = (torch.randn(shape) * 0.02).bfloat16()
-    encode(values)  # what is loaded at the first call
+    encode(values)  # loads what the first call loads
     start, cpu = time.perf_counter(), time.process_time()
     stored = encode(values)
     encode_s, core_s = time.perf_counter() - start, time.process_time() - cpu

@@ -1,4 +1,4 @@
-"""Many hosts that compute nothing, in a time of their own, for programs that measure what is done beside them."""
+"""Simulated hosts that compute nothing and have a simulated clock, for programs that measure the driver's work."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from engine.workers.packing import PackedCompletions, PackedJobs
 from flexgen_helm.helm.requests.asked import Work
 
 TOKENS_S = 500
-"""That a host computes: a sweep of a hundred requests takes twenty seconds of its time."""
+"""Tokens per second that a host computes: a sweep of a hundred requests takes twenty seconds of its time."""
 ALIVE_S = 20.0
 RUN = 100
-"""Requests that begin alike, as those of a HELM run."""
+"""Requests with the same prefix, as in a HELM run."""
 _TIMING = SweepTiming(
     begun=0.0,
     host_s=0.0,
@@ -44,44 +44,44 @@ _TIMING = SweepTiming(
 )
 _REQUEST = Request(model="made/made", model_deployment="made/made", prompt="")
 _TOKENS = tuple(range(50_000 + RUN))
-"""Each is one object, as in a sweep of a suite."""
+"""One object per token, as in a sweep of a suite."""
 IDENTITY = {"files": "f" * 64, "source": "s" * 64, "dtype": "bfloat16", "weights": "w" * 64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What is simulated."""
+    """The parameters of a simulation."""
 
     hosts: int
     requests: int
     sweep: int
-    """Requests that a host's sweep takes."""
+    """Requests in a host's sweep."""
     shared: int
     own: int
-    """Tokens of a prompt that a run has in common, and others."""
+    """Tokens of a prompt besides those shared by a run."""
     loss: float
-    """Of a sweep: how likely the host is lost in it."""
+    """Probability that a host is lost during a sweep."""
     seed: int = 0
 
     @property
     def least_s(self) -> float:
-        """That all hosts take together if none waits, and each prefix is computed once."""
+        """Time that all hosts together need if none waits and each prefix is computed once."""
         return (self.requests * self.own + self.requests / RUN * self.shared) / TOKENS_S / self.hosts
 
     @property
     def text_bytes(self) -> int:
-        """Of a request's text, and of its prompt as token ids, about."""
+        """Approximate bytes of a request's text, and of its prompt as token ids."""
         return (5 + 8) * (self.shared + self.own)
 
     def job(self, number: int) -> Job:
-        """The job of a request: its run's number, its run's tokens, its own."""
+        """Make the job of a request: its run's number, its run's tokens, its own tokens."""
         run = number // RUN
         head = run % 50_000, run // 50_000, *((run * 7 + place) % 50_000 for place in range(self.shared - 2))
         own = 50_000 + number % RUN, *((number * 11 + place) % 50_000 for place in range(self.own - 1))
         return Job(prompt=tuple(_TOKENS[token] for token in head + own), max_new_tokens=1)
 
     def work(self, number: int) -> Work:
-        """A request as a sweep makes it: its text in the key alone, four letters a token."""
+        """Make a request as a sweep does: its text only in the key, with four letters per token."""
         job = self.job(number)
         text = " ".join(f"{token:x}" for token in job.prompt)
         key = {"chat_template": None, "client": "flexgen_helm", "prompt": text, "max_tokens": 1, "temperature": 0.0}
@@ -89,7 +89,7 @@ class Setting:
 
 
 class Clock:
-    """The hosts' time, and what is to happen in it."""
+    """The simulated clock and its future events."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -98,12 +98,12 @@ class Clock:
         self._lock = threading.Lock()
 
     def at(self, seconds: float, do: Callable[[], None]) -> None:
-        """Have something done so many seconds from now."""
+        """Call `do` in so many simulated seconds."""
         with self._lock:
             heapq.heappush(self._events, (self.now + seconds, next(self._numbers), do))
 
     def step(self) -> None:
-        """Do what comes next."""
+        """Run the next event."""
         with self._lock:
             self.now, _, do = heapq.heappop(self._events)
         do()
@@ -111,23 +111,23 @@ class Clock:
 
 @dataclass
 class Tally:
-    """What hosts have done."""
+    """What the hosts have done."""
 
     sweeps: int = 0
     tokens: int = 0
     jobs: int = 0
-    """Also those that are computed again."""
+    """Jobs computed, including those computed again."""
     losses: Counter[str] = field(default_factory=Counter)
     made_s: float = 0.0
-    """Seconds of a processor that it took to be hosts."""
+    """Processor seconds that the simulation of hosts took."""
     busy: int = 0
-    """Hosts that are in a sweep."""
+    """Hosts that are computing a sweep."""
     delivered: int = 0
-    """Jobs that hosts have answered, those that nobody waited for included."""
+    """Jobs that hosts have answered, including answers that nobody waited for."""
 
 
 class MadeHost:
-    """Takes a sweep's time for a sweep's tokens, and answers "B"."""
+    """A host whose sweep takes as long as its tokens say, and whose answers are "B"."""
 
     def __init__(self, name: str, world: World) -> None:
         self.name = name
@@ -140,12 +140,12 @@ class MadeHost:
         self._ended: Callable[[str], None]
 
     def open(self, opening: Opening, tell: Callable[[HostTells], None], ended: Callable[[str], None]) -> None:
-        """Be open at once."""
+        """Open at once."""
         self._tell, self._ended = tell, ended
         self._world.clock.at(0.0, self._opened)
 
     def ask(self, call: int, jobs: PackedJobs) -> None:
-        """Take in jobs."""
+        """Accept jobs."""
         start = time.thread_time()
         begins = [0, *jobs.ends.tolist()[:-1]]
         ids = jobs.ids
@@ -159,10 +159,10 @@ class MadeHost:
         self._world.tally.made_s += time.thread_time() - start
 
     def drop(self, call: int) -> None:
-        """Nothing is dropped here."""
+        """Do nothing: jobs are not cancelled."""
 
     def leave(self) -> None:
-        """End after the sweep at hand."""
+        """End after the current sweep."""
         self._is_leaving = True
         if not self._is_busy:
             self._world.clock.at(0.0, lambda: self._end("it was told to leave"))
@@ -250,7 +250,7 @@ class MadeHost:
 
 
 class World:
-    """Brings hosts, others in place of those lost, and moves their time on."""
+    """Supplies hosts, replaces lost ones, and advances the simulated time."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -271,24 +271,24 @@ class World:
         self._join: Callable[[Host], None]
 
     def fate(self) -> str | None:
-        """What befalls a host in a sweep."""
+        """Draw what happens to a host during a sweep."""
         if self._dice.random() >= self.setting.loss:
             return None
         return self._dice.choice(["dies", "silent", "leaves"])
 
     def begin(self, join: Callable[[Host], None], fail: Callable[[EngineError], None]) -> None:
-        """Bring all hosts, within ten seconds of theirs."""
+        """Start all hosts within ten simulated seconds."""
         self._join = join
         for place in range(self.setting.hosts):
             self.clock.at(10.0 * place / self.setting.hosts, self._bring)
 
     def lost(self, host: Host, loss: Loss) -> bool:
-        """Bring another one in half a minute."""
+        """Start a replacement in half a simulated minute."""
         self.clock.at(30.0, self._bring)
         return True
 
     def close(self) -> None:
-        """Nothing is left."""
+        """Do nothing: there is nothing to release."""
 
     def _bring(self) -> None:
         self._join(MadeHost(f"host{next(self._names)}", self))

@@ -1,9 +1,9 @@
-"""Does memory grow? `python -m benchmarks.memory --shape opt-1.3b --gpu-memory 2GB --runs 50`.
+"""Whether memory grows: `python -m benchmarks.memory --shape opt-1.3b --gpu-memory 2GB --runs 50`.
 
-Runs the same small work many times in one process, and compares what is held after the fifth run with what is held
-after the last: memory that torch reserves on the device, resident memory of the process, page-locked bytes. With
-`--reopen`, every run has an engine of its own, so that what closing leaves behind shows. Ends with 1 when something
-grew, the device's limit was passed, or host memory exceeds what was placed there by more than 5 %.
+Runs the same small workload many times in one process, and compares the memory held after the fifth run with that after
+the last: memory that torch reserves on the device, resident memory of the process, page-locked bytes. With `--reopen`,
+every run has an engine of its own, which shows what remains after closing. The exit code is 1 if anything grew, if the
+device's limit was exceeded, or if host memory exceeds what was placed there by more than 5 %.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from flexgen_helm.planning.roofline import Workload
 ROOT = Path(__file__).resolve().parent.parent
 WARM_RUNS = 5
 GROWTH_BYTES = 64 << 20
-"""Resident memory may differ by this much between two looks: allocators keep pages at their own discretion."""
+"""Bytes by which resident memory may differ between two measurements, because allocators keep free pages."""
 EXCESS = 0.05
 
 
@@ -35,7 +35,7 @@ def resident_bytes() -> int:
 
 
 def look(engine: Engine | None) -> dict[str, int]:
-    """What is held now."""
+    """Return the memory that is held now."""
     gc.collect()
     placed = {} if engine is None else engine.placed_bytes()
     pinned = torch.cuda.host_memory_stats() if torch.cuda.is_available() else {}
@@ -50,9 +50,9 @@ def look(engine: Engine | None) -> dict[str, int]:
 def verdicts(
     before: dict[str, int], early: dict[str, int], late: dict[str, int], peak_device: int, limit: int | None
 ) -> list[str]:
-    """One line for each thing that is not as it should be.
+    """Return one line for each thing that is not as it should be.
 
-    `before`: without an engine, `early`: after the fifth run, `late`: after the last; bytes, as `look` gives them.
+    `before`: without an engine, `early`: after the fifth run, `late`: after the last; bytes, as `look` returns them.
     """
     found = []
     for name, allowed in (
@@ -73,7 +73,7 @@ def verdicts(
 
 
 def run_often(shape: str, policy: Policy, load: Workload, runs: int, *, reopen: bool) -> list[dict[str, int]]:
-    """What is held after each run; with `reopen`, after each engine is closed."""
+    """Measure the memory held after each run; with `reopen`, after each engine is closed."""
     looks: list[dict[str, int]] = []
     if reopen:
         for seed in range(runs):
@@ -89,7 +89,7 @@ def run_often(shape: str, policy: Policy, load: Workload, runs: int, *, reopen: 
 
 
 def main() -> int:
-    """Run, compare, record; 1 when something is not as it should be."""
+    """Run, compare and record; returns 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-1.3b")
     parser.add_argument("--row", type=Workload.parse, default="1x16x64+32:4")
@@ -104,7 +104,7 @@ def main() -> int:
         parser.error(f"--runs must be more than {WARM_RUNS}")
     policy = bench_policy(options.policy, options.gpu_memory, options.percent)
     if torch.cuda.is_available():
-        torch.zeros(1, device="cuda")  # what the driver takes in host memory is nobody's work
+        torch.zeros(1, device="cuda")  # host memory of the driver belongs to no run
     open_dummy_once(options.shape, policy)
     before = look(None)
     looks = run_often(options.shape, policy, options.row, options.runs, reopen=options.reopen)
@@ -131,7 +131,7 @@ def main() -> int:
 
 
 def open_dummy_once(shape: str, policy: Policy) -> None:
-    """Load what the process needs to open any engine (modules, kernels), so that it is not taken for the engine's."""
+    """Load what the process needs to open any engine (modules, kernels), so that it is not counted as growth."""
     with open_dummy(shape, policy) as engine:
         timed(engine, Workload(1, 1, 0, 8, 2))
     if torch.cuda.is_available():

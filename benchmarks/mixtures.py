@@ -1,12 +1,12 @@
-"""Whole mixtures of experts in little device memory: a row in one process, beside its limits.
+"""Whole mixture-of-experts models in little device memory: one row per process, compared with its limits.
 
     python -m benchmarks.mixtures ROW [--rows RUNSxJOBSxSHARED+OWN:NEW] [--tiny] [--out DIR]
 
 Each row names a shape in its published format, the device memory and a workload; weights are random. The limits are the
 bytes that cross the link both ways (weights, keys and values, states, hidden states), those that the device's memory
-reads, and the operations, each over a rate measured here. Sweeps in which all requests decode are told apart: their
-limit is what crosses the link to the device. `--tiny` tries a row out on any machine: a few small layers, and a few
-short requests.
+reads, and the floating-point operations, each divided by a rate measured here. Sweeps in which all requests decode are
+reported separately: their limit is what crosses the link to the device. `--tiny` tries a row on any machine: a few
+small layers, and a few short requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    """A shape, what of it is other, the device memory, and what is asked."""
+    """A shape with its changes, the device memory, and the workload."""
 
     shape: str
     gpu_memory: str
@@ -66,12 +66,12 @@ TINY = {
     "num_hidden_layers": 4,
     "vocab_size": 512,
 }
-"""What is small in a shape that has it."""
+"""The small sizes that `--tiny` uses for those that a shape has."""
 TINY_LOAD = Workload(1, 4, 0, 20, 4)
 
 
 def measure(engine: Engine, load: Workload, rates: Rates) -> dict[str, Any]:
-    """Time `load` after a rehearsal; the whole, its sweeps with prompts, and those that decode alone, with limits."""
+    """Time `load` after a rehearsal: in total, sweeps with prompts, and sweeps that only decode, with limits."""
     rehearsal_s, _ = timed(engine, load.rehearsal(engine.plan.limits.seats), seed=1)
     sweeps: list[SweepTiming] = []
     engine.observer = sweeps.append
@@ -112,7 +112,7 @@ def _seconds(sweeps: Sequence[SweepTiming]) -> float:
 
 
 def run(name: str, row: Row, load: Workload, out: Path) -> Path:
-    """Fill the shape, time the row, print and record it."""
+    """Build the shape, time the row, print and record it."""
     begun = time.perf_counter()
     policy = bench_policy("auto", row.gpu_memory, None)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
-"""A large model streamed past the device with a small one that drafts for it, beside the same without.
+"""A large model that is streamed to the device, with a small draft model and without.
 
     python -m benchmarks.model_drafts [--shape S] [--draft-shape S] [--gpu-memory SIZE] [--tiny] [--out DIR]
 
-Weights of both are random, and those of the large one are codes of 4 bits, so its choices are made to agree with the
-first drafted tokens of each step (`FORCED` of them): drafting, checking and taking back what was wrong run as they are.
-As many requests of 512 + 32 tokens run as the draft's KV cache holds, most of the model's own keys and values on the
-host; and as many as both caches hold on the device. Then the same requests run without a draft, under the policy that
-the planner makes for that: what the draft would take of the device holds weights.
+Both models have random weights, those of the large one in 4 bits. Its choices are made to agree with the first `FORCED`
+drafted tokens of each step; drafting, checking and rollback run as they are. Two workloads of 512 + 32 tokens are run:
+as many requests as the draft's KV cache holds, with most of the model's own keys and values on the host, and as many as
+both caches hold on the device. Then the same requests run without a draft, under the policy that the planner makes for
+that: device memory that the draft would occupy holds weights.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LLAMA_1B = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
-"""Llama-3.2-1B's."""
+"""Llama-3.2-1B's shape."""
 TINY = {
     "hidden_size": 256,
     "intermediate_size": 256,
@@ -61,7 +61,7 @@ TINY = {
 
 
 def written(folder: Path, name: str, content: dict[str, Any]) -> str:
-    """A file that names a shape with what it changes."""
+    """Write a file that names a shape and its changes."""
     file = folder / f"{name}.json"
     file.write_text(json.dumps(content), encoding="utf-8")
     return str(file)
@@ -76,7 +76,7 @@ def write_draft(shape: str, folder: Path) -> None:
 
 @contextmanager
 def forced(engine: Engine) -> Iterator[None]:
-    """Inside, each step's first `FORCED` choices agree with what was drafted, and no more, whatever the logits say."""
+    """Make each step's first `FORCED` choices agree with the draft, and no more, whatever the logits say."""
     executor = engine.parts.lanes[0].executor
     sweep, vocabulary = executor.sweep, engine.parts.model.vocab_size
 
@@ -100,7 +100,7 @@ def forced(engine: Engine) -> Iterator[None]:
 
 
 def measure(engine: Engine, load: Workload) -> dict[str, Any]:
-    """Time `load` after a rehearsal, in which drafts are made, too: the passes of the draft are recorded there."""
+    """Time `load` after a rehearsal with drafts, in which the passes of the draft are recorded."""
     drafts = None if engine.parts.draft is None else engine.parts.draft.drafts
     new = 2 if drafts is None else min(load.new, 16)
     rehearsal_s, _ = timed(engine, replace(load, own=load.own + load.new - new, new=new), seed=1)
@@ -135,7 +135,7 @@ def measure(engine: Engine, load: Workload) -> dict[str, Any]:
 
 
 def loads_of(engine: Engine, load: Workload) -> list[Workload]:
-    """As many requests as the draft's cache holds, and as many as the model's holds on the device beside it."""
+    """As many requests as the draft's cache holds, and as many as the model's holds on the device as well."""
     draft = engine.parts.draft
     assert draft is not None
     held = [
@@ -146,7 +146,7 @@ def loads_of(engine: Engine, load: Workload) -> list[Workload]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Time both and record them."""
+    """Time and record both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3-70b")
     parser.add_argument("--draft-shape", help="in place of Llama-3.2-1B's")

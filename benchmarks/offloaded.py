@@ -1,9 +1,9 @@
-"""Rows whose keys and values are off the card, or encoded, in one command: the README's, and some besides.
+"""Workloads whose keys and values are off the GPU, or encoded, in one command: the README's, and others.
 
     python -m benchmarks.offloaded [--rows NAME …] [--limit SECONDS] [--out DIR]
 
-Each row is `flexgen-helm bench` in a process of its own, with a policy that is written here; what fails or takes longer
-than `--limit` is told and the others go on. Records are named after the row.
+Each row is `flexgen-helm bench` in a process of its own, with a policy that is written here; a row that fails or takes
+longer than `--limit` is reported, and the others are run. Records are named after the row.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _HALF = {"weights": {"gpu": 50, "cpu": 50}}
 
 
 def _seats(count: int) -> dict[str, int]:
-    """So many sequences run at once, the others wait for one of them to leave."""
+    """Settings for at most `count` running sequences, while the others wait."""
     return {"gpu-batch-size": count, "num-gpu-batches": 1}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One call of `flexgen-helm bench`."""
+    """The arguments of one call of `flexgen-helm bench`."""
 
     shape: str
     gpu_memory: str
@@ -65,7 +65,7 @@ ROWS = {
 
 
 def run(name: str, row: Row, limit: float, out: Path) -> str:
-    """Time a row; returns what became of it."""
+    """Time a row; returns a line on its result."""
     with tempfile.TemporaryDirectory() as folder:
         policy = Path(folder) / "policy.yaml"
         policy.write_text(yaml.safe_dump(row.policy))
@@ -76,14 +76,14 @@ def run(name: str, row: Row, limit: float, out: Path) -> str:
         except subprocess.TimeoutExpired:
             code = None
         found = list(Path(folder).glob("bench-*.json"))
-        for file in found:  # one; also of what failed later, as far as it came
+        for file in found:  # one record, even of a row that failed later
             shutil.move(file, out / f"bench-{name}.json")
     outcome = f"took longer than {limit:.0f} s" if code is None else f"exit code {code}" if code else "done"
     return outcome if found else f"{outcome}, no record"
 
 
 def main() -> None:
-    """Time the rows, and say what became of each."""
+    """Time the rows, and report each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=", ".join(ROWS))
     parser.add_argument("--limit", type=float, default=300, help="seconds for each row, loading included")

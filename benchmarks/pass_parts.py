@@ -1,8 +1,8 @@
-"""Where the seconds of an engine's passes went: what its process's threads did, pass by pass, seen from outside.
+"""Where the time of an engine's sweeps went: what the threads of its process did, sweep by sweep, seen from outside.
 
-The system counts what each thread has computed and how long it has waited for a core; nothing is built into the engine
-for it. A pass whose thread was neither computing nor waiting for a core waited for the device, or for the interpreter
-while another thread of its process had it: then that other thread has computed meanwhile.
+The operating system counts how long each thread has run and has waited for a core; the engine has no code for it. In a
+sweep whose thread neither ran nor waited for a core, it waited for the device, or for the interpreter lock held by
+another thread of its process, which then ran meanwhile.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _TICKS_S = 1.0 / os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class _Clock:
-    """Of a thread, in seconds."""
+    """A thread's times, in seconds."""
 
     own: float = 0.0
-    """On a core."""
+    """Running on a core."""
     queued: float = 0.0
-    """Ready, and waiting for one."""
+    """Ready, and waiting for a core."""
 
     def since(self, other: _Clock) -> _Clock:
         return _Clock(self.own - other.own, self.queued - other.queued)
@@ -33,36 +33,36 @@ class _Clock:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A pass, and what happened from the end of the one before it to its own end; seconds."""
+    """A sweep, and the time since the end of the one before it; seconds."""
 
     at_s: float
     """When it began, after the first one."""
     idle_s: float
-    """Between the end of the one before and its beginning: the engine had nothing to do."""
+    """From the end of the previous sweep to its beginning: the engine had nothing to do."""
     host_s: float
-    """Scheduling and making completions, which `SweepTiming` keeps apart from the pass."""
+    """Scheduling and making completions, which `SweepTiming` reports separately."""
     load_s: float
     pass_s: float
-    """Of the pass over the layers, without loading."""
+    """The pass over the layers, without loading."""
     rows: int
     sequences: int
     engine_s: float
-    """That the busiest thread but the main one computed: the engine's."""
+    """Running time of the busiest thread other than the main one: the engine's."""
     engine_queued_s: float
-    """That it waited for a core."""
+    """Time that this thread waited for a core."""
     main_s: float
-    """That the process's main thread computed: in a worker, it takes jobs in."""
+    """Running time of the process's main thread: in a worker, it accepts jobs."""
     others_s: float
-    """That all other threads computed."""
+    """Running time of all other threads."""
     busy_cores: float
-    """Of the machine, in the mean."""
+    """Mean number of busy cores of the machine."""
 
 
 class PassParts:
-    """Called after each pass of an engine in the process `pid`; keeps what has happened since the last one."""
+    """Called after each sweep of an engine in the process `pid`; records what has happened since the last one."""
 
     def __init__(self, pid: Callable[[], int]) -> None:
-        """`pid` is asked at each pass: a process may have been replaced."""
+        """`pid` is called at each sweep, because a process may be replaced."""
         self.parts: list[Part] = []
         self._pid = pid
         self._clocks: dict[int, _Clock] = {}
@@ -71,12 +71,12 @@ class PassParts:
         self._ended: float | None = None
 
     def begin(self) -> None:
-        """Forget what was; passes are counted from now on."""
+        """Forget earlier sweeps and start counting."""
         self.parts, self._first, self._ended = [], None, None
         self._look()
 
     def observe(self, timing: SweepTiming) -> None:
-        """Take in a pass."""
+        """Record a sweep."""
         pid, before, busy, at = self._pid(), self._clocks, self._busy_s, self._seen_at
         self._look()
         own = {thread: clock.since(before.get(thread, _Clock())) for thread, clock in self._clocks.items()}
@@ -117,7 +117,7 @@ def _clocks(pid: int) -> dict[int, _Clock]:
 
 
 def _busy_s() -> float:
-    """Of all cores together, since the machine was started."""
+    """Busy time of all cores together, since the machine was started."""
     first = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     user, nice, system, _, _, irq, soft = map(int, first[:7])
     return (user + nice + system + irq + soft) * _TICKS_S
@@ -128,7 +128,7 @@ _COLUMNS += ("main_s", "others_s", "busy_cores")
 
 
 def table(parts: Iterable[Part]) -> str:
-    """The passes as lines, with their sums."""
+    """Format the sweeps as lines, with their sums."""
     lines = ["".join(f"{name.removesuffix('_s').replace('engine_queued', 'queued'):>11}" for name in _COLUMNS)]
     parts = list(parts)
     rows = [[getattr(part, name) for name in _COLUMNS] for part in parts]

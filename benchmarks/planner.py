@@ -1,9 +1,4 @@
-"""Is the policy that `auto` chooses the best, and is its estimate right? `python -m benchmarks.planner [--cases N …]`.
-
-For each case (a shape, a limit on the card's memory, a workload) the search's choice and a grid of other policies are
-run, one after the other in one process, on random weights; for a large shape, its choice alone. Needs the machine's
-hardware profile (`doctor --profile`).
-"""
+"""Whether the policy of `auto` is the best, and its estimate right: `python -m benchmarks.planner [--cases N …]`."""
 
 from __future__ import annotations
 
@@ -37,7 +32,7 @@ POINTS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """What a policy is searched for, and how many others it is compared with."""
+    """The task of a policy search, and how many other policies its choice is compared with."""
 
     shape: str
     gpu_memory: str
@@ -67,9 +62,9 @@ CASES = (
 
 
 def grid(found: list[Estimate], points: int) -> list[Estimate]:
-    """As many of `found`, half of them with attention on the host if any, over the range of percents on the device.
+    """Choose `points` of `found` over the range of device percents, half of them with attention on the host if any.
 
-    None of what is estimated at thrice the best: it would take long to see what it is.
+    Estimates of more than three times the best are left out, because they would take long to run.
     """
     chosen: list[Estimate] = []
     found = sorted(
@@ -84,7 +79,7 @@ def grid(found: list[Estimate], points: int) -> list[Estimate]:
 
 
 def run(shape: str, found: Estimate, load: Workload) -> dict[str, Any]:
-    """Seconds of `load` under a policy, after a rehearsal, the lesser of two, beside what was estimated."""
+    """Time `load` under a policy, the faster of two runs after a rehearsal; returns seconds and the estimate."""
     start = time.perf_counter()
     row: dict[str, Any] = {
         "gpu_percent": found.plan.weights.gpu,
@@ -142,7 +137,7 @@ def _line(case: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Run the cases, print how near the choice is to the best of the grid, and write those of a shape after each."""
+    """Run the cases, print how close the choice is to the best of the grid, and write each shape's record at once."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="*", type=int, default=range(len(CASES)), help="numbers, from 0 on")
     parser.add_argument("--points", type=int, default=POINTS, help="of the grid, at most; 0 for the choice alone")

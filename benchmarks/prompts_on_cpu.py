@@ -1,12 +1,12 @@
-"""Prompts on the CPU, engine alone: with our C functions and without, in turn, beside the products they are made of.
+"""Prompts on the CPU, engine alone: with and without our C functions, alternately, compared with bare matrix products.
 
     python -m benchmarks.prompts_on_cpu [--shape DIR] [--rows 4x40x420+75 1x40x1400+300] [--rounds 2]
 
 Random weights of the model's shape in float32. Rows are RUNSxREQUESTSxSHARED+OWN tokens; the defaults are about what
-five subjects of MMLU have, one of them with long passages. Each prompt is answered with one token. The seconds of each
-contender are the least of its rounds; the rate of products is taken before each round and after the last one, and the
-best counts. First, part by part, what one thread computes for 1,000 rows of a layer, in milliseconds of its own time,
-which other work on the machine hardly changes.
+five subjects of MMLU have, one of them with long passages. Each prompt is answered with one token. A contender's time
+is the least of its rounds; the rate of products is measured before each round and after the last one, and the best
+counts. First it prints, part by part, what one thread computes for 1,000 rows of a layer, in milliseconds of processor
+time, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SMOLLM2_135M = {
 
 
 def jobs_of(rows: list[str], vocabulary: int) -> tuple[list[Job], int]:
-    """Jobs with random tokens, and how many of those must be computed where what is shared is computed once."""
+    """Make jobs with random tokens; returns them and how many tokens must be computed if prefixes are shared."""
     generator = torch.Generator().manual_seed(0)
     jobs, tokens = [], 0
     for row in rows:
@@ -73,7 +73,7 @@ def jobs_of(rows: list[str], vocabulary: int) -> tuple[list[Job], int]:
 
 
 def parts_of_a_layer() -> dict[str, dict[str, float]]:
-    """Milliseconds of one thread for 1,000 rows of SmolLM2-135M's layer, by ours and by torch's functions.
+    """Milliseconds of one thread for 1,000 rows of SmolLM2-135M's layer, by our functions and by torch's.
 
     Attention: ten spans that continue one prefix of 600 tokens.
     """
@@ -107,7 +107,7 @@ def parts_of_a_layer() -> dict[str, dict[str, float]]:
 def prefix_and_own_by_torch(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prefix: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """What `HostFlash` does without our functions: own tokens span by span, the prefix for all, and the merge."""
+    """What `HostFlash` does without our functions: own tokens span by span, the prefix for all spans, and the merge."""
     copies, parts, sums = query.shape[1] // key.shape[1], [], []
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     for first in range(0, len(query), 100):
@@ -125,7 +125,7 @@ def prefix_and_own_by_torch(
 
 
 def least_ms(call: Callable[[], object]) -> float:
-    """Milliseconds that the calling thread computes in a call: the least of twenty."""
+    """Milliseconds of processor time of the calling thread: the least of twenty calls."""
     taken = []
     for _ in range(20):
         start = time.thread_time()
@@ -135,7 +135,7 @@ def least_ms(call: Callable[[], object]) -> float:
 
 
 def timed(engine: Engine, jobs: list[Job]) -> dict[str, float]:
-    """Seconds on the clock and of all cores, in one call of the engine."""
+    """Wall-clock seconds, and processor seconds of all cores, of one call of the engine."""
     wall, cores = time.perf_counter(), time.process_time()
     engine.run(jobs)
     return {"seconds": time.perf_counter() - wall, "core_seconds": time.process_time() - cores}

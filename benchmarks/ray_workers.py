@@ -1,9 +1,9 @@
-"""How much of linear speed workers of a Ray cluster reach on work that is bound by sleeping, not by these cores.
+"""How close workers of a Ray cluster come to linear speed-up, on work that only sleeps and needs no cores.
 
     python benchmarks/ray_workers.py --workers 4 --seconds 60
 
-One worker and several get the same work for each, in turns, in the same cluster; driver, ledger and Ray are real, the
-engine sleeps as long as the rows of its sweeps say. Prints a line of JSON.
+One worker and several workers get the same work per worker, alternately, in the same cluster; driver, ledger and Ray
+are real, and the engine sleeps in proportion to the rows of its sweeps. Prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from flexgen_helm.workers.cluster.slots import Wanted  # noqa: E402
 from flexgen_helm.workers.cluster.versions import versions  # noqa: E402
 
 OWN, SHARED, GROUP = 60, 300, 40
-"""Tokens of a prompt that are its own and that its group shares, and prompts in a group."""
+"""A prompt's own tokens, those shared by its group, and prompts in a group."""
 
 
 def jobs_of(seconds: float) -> list[Job]:
-    """Groups of prompts that take so long when each prompt's rows are computed."""
+    """Make groups of prompts that take so long if each prompt's rows are computed."""
     groups = max(1, round(seconds / (GROUP * (OWN + SHARED) * ROW_S)))
     shared = [[group * 7 % VOCABULARY, *range(1, SHARED)] for group in range(groups)]
     return [
@@ -48,7 +48,7 @@ def jobs_of(seconds: float) -> list[Job]:
 
 
 def measure(ray: object, workers: int, seconds: float) -> tuple[float, int]:
-    """Seconds that so many workers take for `seconds` of work each, and how many jobs that was."""
+    """Run `seconds` of work for each worker; returns the seconds taken and the number of jobs."""
     supply = RaySupply(ray, Wanted(workers=workers, gpus_per_worker=0), versions(), open_sleeping)
     opening = Opening(model="none", policy=Policy(), jobs=PackedJobs.of([]))
     expected = Expected(identity={"dtype": "float32"}, versions=versions())
@@ -64,7 +64,7 @@ def measure(ray: object, workers: int, seconds: float) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Measure, and print what was found."""
+    """Measure, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60.0, help="of work for each worker")

@@ -1,9 +1,9 @@
-"""What whole leaderboards take for many models on many GPUs: hours, bytes and money, and what keeps more from helping.
+"""Hours, bytes and money that whole leaderboards take for many models on many GPUs, and what limits the speed-up.
 
     python -m benchmarks.scale --classes '{"8B": 60, "30B": 30, "175B": 10}' --dollars 3
 
-Computes; runs nothing. Requests are counted from HELM's own run specs of our entries, rates and times are those of
-records in benchmarks/results, each of one or two GPUs. Prints the tables of docs/scale.md.
+This calculates and runs nothing. Requests are counted from HELM's own run specs of our entries; rates and times are
+those of records in benchmarks/results, each of one or two GPUs. Prints the tables of docs/scale.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEADERBOARDS: Mapping[str, tuple[int | None, int]] = {"classic": (2, 3), "capabilities": (None, 1)}
-"""Priority and trials of the published numbers, all with at most `INSTANCES`."""
+"""Priority and trials of the published numbers, all with at most `INSTANCES` instances."""
 INSTANCES = 1000
 PER_INSTANCE = {
     "multiple_choice_separate_original": 4,
@@ -27,69 +27,69 @@ PER_INSTANCE = {
     "ranking_binary": 30,
     "language_modeling": 2,
 }
-"""Requests of an instance, about: its options, each alone for calibration, too; candidates; windows of a document."""
+"""Approximate requests per instance: options, each also alone for calibration; candidates; windows of a document."""
 GPUS_A_HOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """Of one leaderboard, for one model, at most."""
+    """The most requests of one leaderboard for one model."""
 
     number: int
     new_tokens: int
-    """If every answer were as long as it may be; those of one token aside."""
+    """Tokens to generate if every answer had its largest length, without answers of one token."""
     runs: int
     not_counted: tuple[str, ...] = ()
-    """Entries that HELM does not build here, for want of a package or a download."""
+    """Entries that HELM cannot build here, because a package or a download is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one GPU was measured to do with a model."""
+    """Measured rates of one GPU with a model."""
 
     weight_bytes: float
-    """On disk."""
+    """Bytes of the weights on disk."""
     start_s: float
-    """From the process's start until its weights are in place."""
+    """From the process's start until all weights are in place."""
     requests_s: float
-    """Of a prompt with five examples, which others share, and an answer of a token."""
+    """Requests per second with a prompt of five examples, shared by others, and an answer of one token."""
     new_tokens_s: float
-    """Of long answers, their prompts included."""
+    """New tokens per second of long answers, with the time of their prompts."""
 
     def seconds(self, asked: Requests) -> float:
-        """Of one GPU, without its start."""
+        """Seconds of one GPU, without its start."""
         return asked.number / self.requests_s + asked.new_tokens / self.new_tokens_s
 
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """What does not become less with more GPUs, per driver."""
+    """The driver's work, which does not shrink with more GPUs; per driver."""
 
     start_s: float
-    """Of a command, imports mostly."""
+    """Start of a command, mostly imports."""
     share: float
-    """Of two GPUs' time that is work, when they share a suite."""
+    """Fraction of two GPUs' time spent computing when they share a suite."""
     made_s: float
-    """Requests a second that HELM's own code makes and scores, on the driver's cores."""
+    """Requests per second that HELM's own code makes and scores, on the driver's cores."""
     kept_s: float
-    """Answers a second of a processor, through driver, ledger and cache file: Python computes on one at a time."""
+    """Answers per processor second through driver, ledger and cache file; Python uses one core at a time."""
     bytes_an_answer: float
-    """In HELM's cache."""
+    """Bytes of an answer in HELM's cache."""
 
 
 def record(name: str) -> Any:
-    """The record of that name."""
+    """Read the record of that name."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def row(name: str, workload: str) -> Mapping[str, float]:
-    """What a record of `bench` tells of a workload."""
+    """What a record of `bench` says about a workload."""
     found: Mapping[str, float] = next(each for each in record(name)["rows"] if each["row"] == workload)
     return found
 
 
 def measured() -> dict[str, Measured]:
-    """What records tell, by class of model: on the card whole; in 16 GB; in 16 GB and 4 bits."""
+    """Rates from records, by class of model: wholly on the GPU; in 16 GB; in 16 GB with 4 bits."""
     wall, one_8b = record("sweep-wall-llama-3-8b"), record("rivals-opt-6.7b")["contenders"]["flexgen-helm"]
     of_30b, of_175b = record("bench-opt-30b-16GB"), record("bench-opt-175b-16GB-4bit")
     prompts, answers = "1x100x400+100:1", "1x32x0+512:32"
@@ -116,7 +116,7 @@ def measured() -> dict[str, Measured]:
 
 
 def beside(cores: int) -> Beside:
-    """What records tell of the driver's side, for a driver of so many cores."""
+    """The driver's figures from records, for a driver of so many cores."""
     wall, overhead, driver = record("sweep-wall-llama-3-8b"), record("sweep-overhead"), record("scale-driver")
     two = next(each for each in record("several-gpus-opt-30b-one-token")["runs"] if each["way"])
     seconds = overhead["seconds"]["ours"]
@@ -131,9 +131,9 @@ def beside(cores: int) -> Beside:
 
 
 def requests_of(leaderboard: str) -> Requests:
-    """Count a leaderboard's requests in HELM's run specs, at most `INSTANCES` questions each.
+    """Count a leaderboard's requests in HELM's run specs, with at most `INSTANCES` questions each.
 
-    MMLU's subjects have fewer questions, as many as a record counted.
+    MMLU's subjects have fewer questions, which were counted by a record.
     """
     from helm.benchmark import config_registry
     from helm.benchmark.presentation.run_entry import RunEntry
@@ -154,7 +154,7 @@ def requests_of(leaderboard: str) -> Requests:
         named = RunEntry(f"{entry.description}{sign}model=openai/gpt2", entry.priority, entry.groups)
         try:
             run_specs = run_entries_to_run_specs([named], max_eval_instances=INSTANCES, num_train_trials=trials)
-        except Exception:  # run spec functions raise whatever they meet: packages and downloads that are missing
+        except Exception:  # run spec functions raise all kinds of exceptions for missing packages and downloads
             not_counted.append(entry.description)
             continue
         for run_spec in run_specs:
@@ -176,19 +176,19 @@ def requests_of(leaderboard: str) -> Requests:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What all models take on so many GPUs."""
+    """The cost of all models on so many GPUs."""
 
     hours: float
     bound: str
-    """By what, for most of the time."""
+    """What limits the speed for most of the time."""
     read_bytes: float
-    """Weights, by all hosts together."""
+    """Bytes of weights read by all hosts together."""
 
 
 def one_after_the_other(
     models: Mapping[str, int], gpus: int, asked: Requests, rates: Mapping[str, Measured], driver: Beside
 ) -> Taken:
-    """One command and all GPUs for each model in turn."""
+    """One command with all GPUs for each model, one after the other."""
     hosts, time_by, read = math.ceil(gpus / GPUS_A_HOST), Counter[str](), 0.0
     for name, number in models.items():
         parts = _parts(rates[name].seconds(asked), gpus, asked.number, driver)
@@ -202,7 +202,7 @@ def one_after_the_other(
 def side_by_side(
     models: Mapping[str, int], gpus: int, asked: Requests, rates: Mapping[str, Measured], driver: Beside
 ) -> Taken:
-    """A command for each model, with as many GPUs as its part of the work; those of one GPU one after the other."""
+    """One command per model at a time, with GPUs in proportion to its work; models that need one GPU take turns."""
     work = {name: number * rates[name].seconds(asked) for name, number in models.items()}
     longest, time_by, read = 0.0, Counter[str](), 0.0
     for name, number in models.items():
@@ -219,7 +219,7 @@ def side_by_side(
 
 
 def _parts(seconds: float, gpus: int, requests: int, driver: Beside) -> dict[str, float]:
-    """What works side by side on one model, in seconds."""
+    """Seconds of the parts that work in parallel on one model."""
     return {
         "GPUs": seconds / (gpus * (driver.share if gpus > 1 else 1.0)),
         "HELM": requests / driver.made_s,

@@ -1,10 +1,10 @@
-"""What a driver of many hosts does by itself: driver, ledger and HELM's cache file are real, hosts are made.
+"""The throughput of the driver of many hosts: driver, ledger and HELM's cache file are real, hosts are simulated.
 
     python -m benchmarks.scale_driver --hosts 1000 --requests 10000000
 
-Hosts compute in a time of their own: each takes as long for a sweep as its tokens say, and some die, fall silent or
-leave on the way. Requests are handed over run by run and kept as those of a suite are, and as many are under way.
-Checks that each is kept once, and tells the driver's answers a second, its memory, and how well hosts were used.
+Hosts have a simulated clock: each takes as long for a sweep as its tokens say, and some die, fall silent or leave.
+Requests are submitted run by run and their answers stored as in a suite, with as many in flight. Checks that each is
+stored once, and reports answers per second, the driver's memory, and how well hosts were used.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from flexgen_helm.planning.record import write_record
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_S = 5.0
 SLACK = 20
-"""Sweeps whose answers the driver may have at hand while hosts' time goes on: few beside those that are under way."""
+"""Sweeps whose answers may wait at the driver while simulated time goes on: few compared with those in flight."""
 SWEEPS_UNDER_WAY = 3
-"""Of each host; as a sweep of a suite has them."""
+"""Sweeps in flight per host, as in a sweep of a suite."""
 
 
 class Asked(Front):
-    """The driver, asked as an engine is; as `HostsEngine`, but for the clock."""
+    """Gives the driver the interface of an engine, like `HostsEngine` but with a simulated clock."""
 
     policy = Policy()
     window = None
@@ -79,29 +79,29 @@ class Asked(Front):
         self._driver.abandon(call)
 
     def close(self) -> None:
-        """End; hosts are not waited for."""
+        """Close without waiting for hosts."""
         self._driver.close(wait_s=0)
 
 
 class Client:
-    """What `Feed` needs of a client: the driver, and HELM's cache."""
+    """The part of a client that `Feed` uses: the driver, and HELM's cache."""
 
     def __init__(self, engine: Front, path: Path) -> None:
         self._engine, self._config = engine, SqliteCacheConfig(str(path))
 
     def asking(self, portion: Portion) -> Iterator[list[tuple[Work, Any]]]:
-        """As `FlexGenClient.asking`."""
+        """See `FlexGenClient.asking`."""
         for finished in self._engine.sweeps(portion.take_jobs()):
             yield portion.done([Done(index=index, completion=done, seconds=1.0) for index, done in finished])
 
     @contextmanager
     def running(self, jobs: Sequence[Job], share: float, observe: Any) -> Iterator[None]:
-        """Inside, the engine is there."""
+        """See `FlexGenClient.running`."""
         yield None
 
     @contextmanager
     def keeping(self) -> Iterator[Callable[[Iterable[tuple[Work, Any]]], list[Answer]]]:
-        """As `FlexGenClient.keeping`."""
+        """See `FlexGenClient.keeping`."""
         with RequestCache(self._config) as cache:
 
             def keep(done: Iterable[tuple[Work, Any]]) -> list[Answer]:
@@ -116,7 +116,7 @@ class Client:
             yield keep
 
     def close(self) -> None:
-        """As `FlexGenClient.close`."""
+        """See `FlexGenClient.close`."""
         self._engine.close()
 
 
@@ -130,7 +130,7 @@ def _response(work: Work) -> dict[str, Any] | EngineError:
 
 
 def _move_on(world: World, told: Counter[str], is_full: threading.Event, is_over: threading.Event) -> None:
-    """Let hosts' time go on while as much is under way as there may be, and the driver keeps up: its time is none."""
+    """Advance simulated time while enough work is in flight and the driver keeps up, which takes no simulated time."""
     while not is_over.is_set():
         behind = world.tally.delivered - told["answers"]
         if is_full.wait(0.1) and behind <= (SLACK * world.setting.sweep if world.tally.busy else 0):
@@ -140,7 +140,7 @@ def _move_on(world: World, told: Counter[str], is_full: threading.Event, is_over
 
 
 def simulate(setting: Setting, path: Path) -> dict[str, Any]:
-    """Answer all requests, and check that each is kept once."""
+    """Answer all requests, and check that each answer is stored once."""
     world, told, is_full, is_over = World(setting), Counter[str](), threading.Event(), threading.Event()
     inbox: queue.SimpleQueue[list[Answer] | BaseException] = queue.SimpleQueue()
     before, engine = _rss(), Asked(world)

@@ -1,11 +1,11 @@
-"""One device beside several that share the weights, in one call: seconds, their quotient, and what should be reached.
+"""One device compared with several that share the weights, in one call: seconds, speed-up, and the goal.
 
     python -m benchmarks.several_gpus [--devices cuda:0 cuda:1] [--settings NAME …] [--out DIR]
 
-Each setting is opened on one device, and then on all of them in each of its ways: *each* for itself, which brings all
-weights over its own link from one copy in host memory, and *gather*, which brings a part and gathers the others'. Every
-device is a process; requests are dealt out evenly, run by run, and seconds are from asking to the last answer. Weights
-are random.
+Each setting is opened on one device, and then on all of them in each of its ways: *each*, in which every device loads
+all weights over its own link from one copy in host memory, and *gather*, in which each loads a part and gathers the
+others'. Every device has a process; requests are divided evenly, run by run, and seconds are from submission to the
+last answer. Weights are random.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Row:
-    """A workload, and what several devices should reach with it."""
+    """A workload, and the speed-up that several devices should reach with it."""
 
     workload: str
-    """Of one device; where it is `each`, the others have as much."""
+    """The workload of one device; with `each`, the others have as much."""
     each: bool = False
     reach: dict[str, float] | None = None
-    """By way: the least quotient of one device's requests a second and that of two; None where none is named."""
+    """By way: the least speed-up that two devices should reach over one; None without a goal."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is opened, and what is run then."""
+    """A model and policy, and the workloads to run."""
 
     shape: str
     policy: dict[str, Any]
     rows: tuple[Row, ...]
     alone: dict[str, Any] | None = None
-    """What the one device has in place of the policy, if anything."""
+    """Changes of the policy for the single device, if any."""
     ways: tuple[str, ...] = ("each", "gather")
 
 
@@ -81,7 +81,7 @@ SETTINGS = {
 
 
 def serve(shape: str, policy: dict[str, Any]) -> None:
-    """Open an engine as the parent says, and run what it asks for."""
+    """Open an engine as the parent says, and run what it sends."""
     from engine.errors import EngineError
     from engine.planning.hardware import available_memory, resolve_device
     from flexgen_helm.planning.dummy import open_dummy
@@ -115,7 +115,7 @@ def serve(shape: str, policy: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def opened(setting: Setting, devices: Sequence[str], way: str | None) -> Iterator[tuple[list[Process], dict[str, Any]]]:
-    """Engines on `devices`, all weights in place, and what they hold; way: None for one engine alone."""
+    """Engines on `devices` with all weights in place, and what they hold; way: None for one engine alone."""
     policy = setting.policy if way is not None or setting.alone is None else setting.alone
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         handle = os.memfd_create("weights")
@@ -152,12 +152,12 @@ def opened(setting: Setting, devices: Sequence[str], way: str | None) -> Iterato
 
 
 def timed(processes: list[Process], row: Row, most_new: int) -> dict[str, Any]:
-    """Seconds of a workload with at most so many new tokens, after a rehearsal of all of it up to the second."""
+    """Time a workload with at most so many new tokens, after a rehearsal with two of them."""
     load = Workload.parse(row.workload)
     load = Workload(load.num_runs, load.num_jobs, load.shared, load.own, min(load.new, most_new))
     if row.each:
         load = Workload(load.num_runs, load.num_jobs * len(processes), load.shared, load.own, load.new)
-    rehearsal = Workload(load.num_runs, load.num_jobs, load.shared, load.own, min(2, load.new))  # claims its memory
+    rehearsal = Workload(load.num_runs, load.num_jobs, load.shared, load.own, min(2, load.new))  # allocates its memory
     for seed, asked in ((1, rehearsal), (0, load)):
         start = time.perf_counter()
         for index, process in enumerate(processes):
@@ -174,7 +174,7 @@ def timed(processes: list[Process], row: Row, most_new: int) -> dict[str, Any]:
 
 
 def run(name: str, setting: Setting, devices: Sequence[str], most_new: int) -> Iterator[dict[str, Any]]:
-    """Time a setting on one device and on all, in each way; prints a line for each, and yields a record of each way."""
+    """Time a setting on one device and on all, in each way; prints a line and yields a record for each."""
     base: list[float] = []
     for way in (None, *setting.ways):
         used = devices if way else devices[:1]
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asked = Setting(shape, setting.policy, rows, setting.alone, options.ways or setting.ways)
         for record in run(name, asked, options.devices, options.most_new):
             records.append(record)
-            path = write_record("several-gpus", {"runs": records}, options.out)  # after each: what follows takes long
+            path = write_record("several-gpus", {"runs": records}, options.out)  # at once: the next may take long
         print(path, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""An engine without a model: a sweep sleeps as long as its rows say, so that several do not share these cores."""
+"""An engine without a model: a sweep sleeps in proportion to its rows, so that several engines need no cores."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from engine.workers.handing_out.sharing_out import Room
 from flexgen_helm.workers.cluster.versions import versions
 
 ROWS, JOBS = 4096, 64
-"""Of a sweep."""
+"""Rows and jobs of a sweep."""
 ROW_S = 1e-4
-"""That each row of a prompt takes."""
+"""Seconds for each row of a prompt."""
 VOCABULARY = 50_000
 
 
 def answer(job: Job) -> Completion:
-    """What it answers: the prompt's last tokens, backwards."""
+    """The answer to a job: the prompt's last tokens, reversed."""
     tokens = tuple(job.prompt)[: -job.max_new_tokens - 1 : -1] if job.max_new_tokens else ()
     return Completion(text=str(tokens), tokens=tokens, logprobs=(-1.0,) * len(tokens), finish_reason="length")
 
 
 class SleepingEngine(Front):
-    """Runs jobs as `engine.Engine` does, in a thread that sleeps."""
+    """Runs jobs like `engine.Engine`, in a thread that sleeps."""
 
     window, vocab_size, pad_token = None, VOCABULARY, 0
 
@@ -49,7 +49,7 @@ class SleepingEngine(Front):
         return pending
 
     def weights_digest(self) -> None:
-        """It has no weights."""
+        """Return None: there are no weights."""
 
     def close(self) -> None:
         with self._changed:
@@ -107,7 +107,7 @@ def _timing(begun: float, rows: int, count: int) -> SweepTiming:
 
 
 def open_sleeping(opening: Opening) -> Running:
-    """What a worker opens, whatever it is told to."""
+    """Open this engine in a worker, whatever model is named."""
     opened = HostOpened(
         devices=("cpu",),
         versions=versions(),

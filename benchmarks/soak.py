@@ -1,11 +1,12 @@
-"""Random jobs under random policies, each token beside transformers, while memory, threads and files are watched.
+"""Random jobs under random policies, compared with transformers, while memory, threads and open files are watched.
 
     python -m benchmarks.soak [--minutes 120] [--seed 0] [--name soak] [--out DIR]
 
-Rounds: a tiny random model of some family, a policy drawn from all tiers, sizes and settings, in this process or in one
-of its own, and some suites of jobs with prompts of many lengths that may share a beginning. In one pass of transformers
-over each text every token that was chosen is the likeliest one, and every log-probability is right, up to rounding.
-Ends with exit code 1 where a token is wrong, or where memory, threads or open files grew since the first quarter.
+Each round has a tiny random model of some family, a policy drawn from all tiers, sizes and settings, an engine in this
+process or in one of its own, and some suites of jobs with prompts of many lengths that may share a prefix. In one pass
+of transformers over each text, every chosen token must be the likeliest one, and every log-probability must be equal,
+up to rounding. The exit code is 1 if a token is wrong, or if memory, threads or open files grew since the first
+quarter.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from flexgen_helm.planning.record import write_record
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSE = 5e-4
-"""Of a logit, and of a log-probability: sums are added in another order."""
+"""Tolerance of logits and log-probabilities, because sums are added in another order."""
 MAY_GROW = {"bytes": 0.1, "threads": 0.0, "files": 0.0}
-"""By what part, from the first quarter to the end; the allocators of libraries keep what they have had."""
+"""Allowed growth from the first quarter to the end, as a fraction; allocators of libraries keep freed memory."""
 FAMILIES = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 64},
     "gpt_neox": {"intermediate_size": 64},
@@ -36,7 +37,7 @@ WINDOW = 256
 
 
 def make_models(work: Path) -> list[Path]:
-    """A directory for each family, with a tokenizer."""
+    """Write a model directory for each family, with a tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -60,7 +61,7 @@ def make_models(work: Path) -> list[Path]:
 
 
 def drawn_policy(dice: random.Random, work: Path) -> dict[str, Any]:
-    """Any placement and settings that change no result."""
+    """Draw any placement and settings that change no result."""
 
     def share() -> list[int]:
         device = dice.choice([0, 0, 30, 50, 100])
@@ -80,7 +81,7 @@ def drawn_policy(dice: random.Random, work: Path) -> dict[str, Any]:
 
 
 def drawn_jobs(dice: random.Random) -> list[Any]:
-    """Jobs of one suite."""
+    """Draw the jobs of one suite."""
     from engine import Job
 
     shared = [dice.randrange(1, 2000) for _ in range(dice.randrange(0, 90))]
@@ -93,7 +94,7 @@ def drawn_jobs(dice: random.Random) -> list[Any]:
 
 
 def check(model: Any, jobs: list[Any], done: list[Any]) -> int:
-    """The tokens that were looked at; raises `AssertionError` for one that is not what transformers computes."""
+    """Compare with transformers; returns the number of tokens checked, raises `AssertionError` for a difference."""
     import torch
 
     count = 0
@@ -129,7 +130,7 @@ def standing() -> dict[str, int]:
 
 
 def soak(work: Path, minutes: float, seed: int) -> dict[str, Any]:
-    """Rounds for so long; returns what there is to record."""
+    """Run rounds for so many minutes; returns the content of the record."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -153,7 +154,7 @@ def soak(work: Path, minutes: float, seed: int) -> dict[str, Any]:
                 for jobs in suites:
                     tokens += check(references[path], jobs, engine.run(jobs))
                     jobs_done += len(jobs)
-        except EngineError as error:  # a policy that does not go with the model is refused, and nothing else is
+        except EngineError as error:  # a policy that does not go with the model is refused; nothing else may be
             if rounds == refused == 0 or "\n" in str(error):
                 raise
             refused += 1
@@ -187,7 +188,7 @@ def soak(work: Path, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Soak, and write the record."""
+    """Run the rounds and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)

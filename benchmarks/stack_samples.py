@@ -1,6 +1,6 @@
-"""What the threads of a program are at, looked at again and again from a thread of its own: a timeline of its start.
+"""Samples the stacks of all threads of a program, from a thread of its own, to make a timeline of its start.
 
-Nothing is built into what is watched. `main` is the program of an engine's process that is watched likewise.
+The program that is watched needs no code for it. `main` is a program for a worker process that is watched likewise.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from types import FrameType
 _EVERY_S = 0.02
 _OURS = ("flexgen_helm", "engine")
 _FILE = "FLEXGEN_HELM_SAMPLES"
-"""Of the environment: where an engine's process writes what was seen of it."""
+"""The environment variable that names the file into which a worker process writes its samples."""
 _SHORTEST_S = 0.1
-"""Of what is shown."""
+"""Spans shorter than this are not shown."""
 
 Span = tuple[str, float, float, str]
-"""Thread, when it began and ended in seconds since the Epoch, and what it did."""
+"""(thread, begin and end in seconds since the Epoch, what it did)."""
 
 
 class Samples:
-    """Looks at all threads but its own until the program ends."""
+    """Samples all threads but its own until the program ends."""
 
     def __init__(self, file: Path | None = None) -> None:
-        """`file` is written anew every second: an engine's process does not end as others do."""
+        """`file` is written again every second, because a worker process does not end like other programs."""
         self._spans: dict[int, list[Span]] = {}
         self._file = file
         self._thread = threading.Thread(target=self._look, name="samples", daemon=True)
@@ -37,7 +37,7 @@ class Samples:
 
     @property
     def spans(self) -> list[Span]:
-        """What was seen so far, by thread."""
+        """The samples so far, by thread."""
         return [span for spans in list(self._spans.values()) for span in list(spans)]
 
     def _look(self) -> None:
@@ -63,7 +63,7 @@ class Samples:
 
 
 def _doing(frame: FrameType | None) -> str:
-    """The innermost function of ours, and the outermost module of others that it imports, if it does."""
+    """Name the innermost function of this project, and the outermost module of others that it imports, if any."""
     imported = ""
     while frame is not None:
         name, function = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
@@ -76,7 +76,7 @@ def _doing(frame: FrameType | None) -> str:
 
 
 def timeline(spans: Iterable[Span], begun: float) -> str:
-    """Lines of what took its time, in order; seconds since `begun`."""
+    """Format the spans that took most time, in order; seconds since `begun`."""
     shown = sorted((span for span in spans if span[2] - span[1] >= _SHORTEST_S), key=lambda span: span[1])
     return "\n".join(
         f"{first - begun:8.2f} {end - begun:8.2f} {end - first:7.2f}  {thread:<22} {doing}"
@@ -85,7 +85,7 @@ def timeline(spans: Iterable[Span], begun: float) -> str:
 
 
 def watch_engines(file: Path) -> None:
-    """Have the processes of engines watched that this program starts; what was seen of the last one is in `file`."""
+    """Watch the worker processes that this program starts; the samples of the last one are in `file`."""
     from engine.workers import process
 
     os.environ[_FILE] = str(file)
@@ -93,7 +93,7 @@ def watch_engines(file: Path) -> None:
 
 
 def main(line: int) -> None:
-    """The program of an engine's process: `engine.worker`, watched."""
+    """Run `engine.worker` in a worker process, and watch it."""
     Samples(Path(os.environ[_FILE]))
     from engine.worker import main as serve
 

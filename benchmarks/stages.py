@@ -1,14 +1,14 @@
-"""A model in stages of several processes, beside its slowest stage alone: tokens a second, and their quotient.
+"""A model in pipeline stages of several processes, compared with its slowest stage alone: tokens per second and ratio.
 
     python -m benchmarks.stages [--shape DIR] [--devices cpu:0 cpu:1] [--policy JSON] [--work 1x64x0+64:32 …]
                                 [--rounds 3] [--sleep SECONDS] [--out DIR]
 
-*Alone* is a model of one stage's layers, with the head, on one device by itself, under the same policy, so with as many
-sequences in a sweep: what the stage which leads takes if it never waits for another. A pipeline that is always full has
-as many tokens a second; the quotient is what of that is reached. On the CPU each process has its part of the cores, and
-so has the one alone; with --sleep, layers of a small model sleep for so long with each micro-batch besides, so that
-other work on the machine's cores shows less. All are open at the same time and take turns; of the rounds, the best of
-each counts. Weights are random.
+*Alone* is a model of one stage's layers, with the head, on one device, under the same policy, so with as many sequences
+in a sweep: the speed of the leading stage if it never waits for another. A pipeline that is always full has that speed;
+the ratio is the part of it that is reached. On the CPU each process has its part of the cores, and so has the one
+alone; with --sleep, each layer of a small model also sleeps for so long per micro-batch, so that other work on the
+machine's cores matters less. All engines are open at the same time and take turns; the best round of each counts.
+Weights are random.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ SMALL = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
-"""What two cores compute in seconds."""
+"""A shape that two cores compute in seconds."""
 SLEEPING = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-"""What in place of that takes cores next to nothing."""
+"""A shape that hardly uses cores, for `--sleep`."""
 POLICY = {"gpu-memory": "3GB", "cpu-memory": "6GB", "gpu-batch-size": 16, "num-gpu-batches": 1}
 WORK = ["1x64x0+64:32", "1x256x0+128:1"]
 ENOUGH = 0.9
 
 
 def serve(shape: str, policy: dict[str, Any], count: int, sleep: float) -> None:
-    """Open an engine as the parent says, in a `count`-th of the cores, and run what it asks for.
+    """Open an engine as the parent says, on a `count`-th of the cores, and run what it sends.
 
-    sleep: seconds that each layer sleeps with each micro-batch.
+    sleep: seconds that each layer sleeps per micro-batch.
     """
     from engine.errors import EngineError
     from engine.kernels.threads import limit_threads
@@ -100,7 +100,7 @@ def serve(shape: str, policy: dict[str, Any], count: int, sleep: float) -> None:
 def opened(
     shape: dict[str, Any], policy: dict[str, Any], devices: Sequence[str], sleep: float
 ) -> Iterator[tuple[Process, Process]]:
-    """The engine whose model is in stages on `devices`, and one that has the layers of a stage, on the first."""
+    """An engine whose model is in stages on `devices`, and one with the layers of a stage, on the first device."""
     count = len(devices)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for name, layers in (("whole", shape["num_hidden_layers"]), ("part", shape["num_hidden_layers"] // count)):
@@ -133,12 +133,12 @@ def opened(
             raise SystemExit(
                 f"stages of {layers[:-1]} layers, and {layers[-1]} alone: take a shape with a smaller head"
             )
-        stack.callback(processes[0].end)  # first: the others end with it
+        stack.callback(processes[0].end)  # first, because the others end with it
         yield processes[0], processes[-1]
 
 
 def timed(process: Process, work: Workload, seed: int) -> tuple[float, int]:
-    """Tokens a second of a workload, and its sweeps."""
+    """Tokens per second of a workload, and its sweeps."""
     process.tell({"work": str(work), "seed": seed})
     answer = process.hear()
     tokens = work.prefill_tokens + work.num_requests * (work.new - 1)
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with opened(shape, args.policy, args.devices, args.sleep) as (staged, alone):
         for text in args.work:
             work, found = Workload.parse(text), []
-            for number in range(args.rounds + 1):  # the first claims memory
+            for number in range(args.rounds + 1):  # the first round allocates memory
                 rates = [timed(process, work, number) for process in (staged, alone)]
                 found.append({"staged": rates[0], "alone": rates[1]})
                 print(f"{text}: {rates[0][0]:.0f} tokens/s in stages, {rates[1][0]:.0f} alone", flush=True)

@@ -1,11 +1,11 @@
-"""Real MMLU, all 57 subjects in one command, killed once on the way and resumed.
+"""Real MMLU, all 57 subjects in one command, which is killed once and resumed.
 
     python -m benchmarks.sweep_mmlu --data DIR --model DIR --work DIR [--subjects …] [--instances N] [--kill-at 0.4]
 
-DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). The sweep is killed with SIGKILL when
-`--kill-at` of the requests are in HELM's cache, and the same command is given again. `--work` is kept: a benchmark that
-was itself interrupted goes on there. Records time, tokens, what sharing saved, memory, scores, and which part of the
-time matrix products of the model's own shapes would take.
+The data directory holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv` (Hendrycks et al. 2021). The sweep is killed by SIGKILL
+when `--kill-at` of the requests are in HELM's cache, and the same command is run again. `--work` is kept: a benchmark
+that was itself interrupted continues there. Records time, tokens, what prefix sharing saved, memory, scores, and which
+part of the time matrix products of the model's own sizes would take.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SUITE = "mmlu"
 
 
 def kept(work: Path) -> int:
-    """Answers in HELM's cache of requests."""
+    """Number of answers in HELM's request cache."""
     file = work / "prod_env" / "cache" / "flexgen.sqlite"
     if not file.exists():
         return 0
@@ -46,7 +46,7 @@ def kept(work: Path) -> int:
 
 
 def run(command: list[str], work: Path, kill_at: int | None) -> dict[str, Any]:
-    """Run the sweep, to its end or until so many answers are kept; returns seconds and answers kept by then."""
+    """Run the sweep, to its end or until so many answers are stored; returns seconds and the answers stored by then."""
     start = time.perf_counter()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with (work / "sweep.out").open("a") as out:
@@ -60,7 +60,7 @@ def run(command: list[str], work: Path, kill_at: int | None) -> dict[str, Any]:
 
 
 def scores(suite: Path) -> dict[str, float]:
-    """Share of right answers on the test split, by run."""
+    """Fraction of right answers on the test split, by run."""
     found = {}
     for file in suite.glob("*/stats.json"):
         for stat in json.loads(file.read_text()):

@@ -1,12 +1,12 @@
-"""What a request costs besides the model: ours beside stock HELM, with a model that is next to nothing.
+"""The cost of a request apart from the model: ours and stock HELM's, with a model so small that it hardly counts.
 
     python -m benchmarks.sweep_overhead [--requests 10000] [--runs 10]
 
-Requests of multiple-choice questions with five examples, made here. Each contender is a program of its own: stock HELM
+Requests are generated multiple-choice questions with five examples. Each contender is a program of its own: stock HELM
 at `-n 1` with its SimpleClient, which answers without a model; and `flexgen-helm sweep` with a model of one layer and
-16 numbers a token, once as it is, with HELM's side in as many processes as the cores allow, and once with it in the
-program's own process, where it can be counted: own cost is that process's time of translating requests, looking
-them up, handing them to the engine's process and keeping answers, without HELM's adapters and metrics.
+hidden size 16, once as it is, with HELM's side in as many processes as the cores allow, and once with it in the
+program's own process, where its cost can be counted: that process's time of translating requests, looking them up,
+handing them to the engine's process and storing answers, without HELM's adapters and metrics.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENTRY = "custom_mcqa:path={path},num_train_instances=5,model=local/trivial,model
 
 
 def timed(spans: dict[str, float], name: str, do: Callable[..., Any]) -> Callable[..., Any]:
-    """`do`, with its wall and processor seconds added up."""
+    """Wrap `do` to add up its wall-clock and processor seconds."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         wall, own = time.perf_counter(), time.thread_time()
@@ -53,7 +53,7 @@ def timed(spans: dict[str, float], name: str, do: Callable[..., Any]) -> Callabl
 
 
 def of_all_threads(spans: dict[str, float], do: Callable[..., Any]) -> Callable[..., Any]:
-    """`do`, with the processor seconds of the whole process meanwhile."""
+    """Wrap `do` to add up the processor seconds of the whole process during its calls."""
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         own = time.process_time()
@@ -66,7 +66,7 @@ def of_all_threads(spans: dict[str, float], do: Callable[..., Any]) -> Callable[
 
 
 def run_stock(arguments: list[str], spans: dict[str, float]) -> None:
-    """`helm-run`, its run specs timed."""
+    """Run `helm-run`, with its run specs timed."""
     from helm.benchmark import run
     from helm.benchmark.runner import Runner
 
@@ -76,7 +76,7 @@ def run_stock(arguments: list[str], spans: dict[str, float]) -> None:
 
 
 def run_ours(arguments: list[str], spans: dict[str, float]) -> None:
-    """`flexgen-helm sweep`, by its stages."""
+    """Run `flexgen-helm sweep`, with its stages timed."""
     from flexgen_helm import run
     from flexgen_helm.helm.client import FlexGenClient
     from flexgen_helm.sweeps.runner import SweepRunner
@@ -96,7 +96,7 @@ def run_ours(arguments: list[str], spans: dict[str, float]) -> None:
 
 
 def run_ours_in_one_process(arguments: list[str], spans: dict[str, float]) -> None:
-    """The same with HELM's side in the process that runs the suite; the engine has its own."""
+    """Do the same with HELM's side in the process that runs the suite; the engine has its own."""
     from flexgen_helm.workers import helper_processes
 
     helper_processes.usable_cores = lambda: 1
@@ -104,7 +104,7 @@ def run_ours_in_one_process(arguments: list[str], spans: dict[str, float]) -> No
 
 
 def child(kind: str, arguments: list[str]) -> None:
-    """Inside a contender's process: run, and print the seconds last."""
+    """Run inside a contender's process; prints the seconds last."""
     spans: dict[str, float] = {}
     RUN[kind](arguments, spans)
     spans["peak memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -115,7 +115,7 @@ RUN = {"stock": run_stock, "ours": run_ours, "counted": run_ours_in_one_process}
 
 
 def make_model(path: Path) -> None:
-    """A model that is next to nothing, and a byte-level tokenizer trained on the questions' words."""
+    """Write a very small model, and a byte-level tokenizer trained on the questions' words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -132,7 +132,7 @@ def make_model(path: Path) -> None:
 
 
 def question(number: int, split: str = "test") -> dict[str, Any]:
-    """A question of four choices, in the form of HELM's instances."""
+    """Make a question with four choices, in the form of HELM's instances."""
     texts = [f"the answer number {number * 7 + choice} of this question" for choice in range(4)]
     references = [
         {"output": {"text": text}, "tags": ["correct"] if number % 4 == choice else []}
@@ -143,7 +143,7 @@ def question(number: int, split: str = "test") -> dict[str, Any]:
 
 
 def write_entries(local_path: Path, model: Path) -> None:
-    """HELM's description of the model, with a deployment of each contender."""
+    """Write HELM's entries for the model, with a deployment for each contender."""
     import yaml
 
     args = {"pretrained_model_name_or_path": str(model), "policy": "auto", "apply_chat_template": False}
@@ -196,12 +196,12 @@ def contend(kind: str, deployment: str, files: list[Path], work: Path, num_reque
 
 
 def own_cost(spans: dict[str, float]) -> float:
-    """Processor seconds of ours that are neither HELM's nor the model's."""
+    """Our processor seconds that belong neither to HELM nor to the model."""
     return spans["runs cpu of all threads"] - sum(spans[f"{stage} cpu"] for stage in ("adapt", "finish"))
 
 
 def figures(found: dict[str, dict[str, float]], count: int) -> dict[str, float]:
-    """What the contenders that have run so far tell of `count` requests."""
+    """Figures for `count` requests from the contenders that have run so far."""
     counted, ours, stock = (found.get(kind) for kind in ("counted", "ours", "stock"))
     told: dict[str, float] = {}
     if counted:
@@ -221,7 +221,7 @@ def figures(found: dict[str, dict[str, float]], count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run all and write the record, which has figures as soon as the first has run."""
+    """Run all contenders and write the record, after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--runs", type=int, default=10, help="that share the requests evenly")
@@ -256,7 +256,7 @@ def main() -> None:
                 if name not in content:
                     print(f"{name}: {value}", flush=True)
             content.update(told)
-            record = write_record(options.name, content, options.out)  # again and again: what is slowest comes last
+            record = write_record(options.name, content, options.out)  # after each contender, as the slowest comes last
     print(record)
 
 

@@ -1,10 +1,10 @@
-"""A suite's requests through one engine in one process: ten runs of 100 requests beside start-up and their bare time.
+"""A suite's requests through one engine in one process: ten runs of 100 requests, with start-up and a time limit.
 
     python -m benchmarks.sweep_suite --shape opt-30b --gpu-memory 16GB [--rows 10x100x400+100:1] [--rate 95]
 
-Random weights of a real shape, no HELM: what `flexgen-helm sweep` hands to the engine, a call for all runs, whose
-answers come sweep by sweep. Prints start-up (from the beginning of the process until all weights are in place), when
-each run had its last answer, and the bound: 1.1 x (start-up + requests / rate).
+Random weights of a real shape, without HELM: like `flexgen-helm sweep`, it makes one call for all runs, whose answers
+arrive sweep by sweep. Prints start-up (from the beginning of the process until all weights are in place), when each run
+had its last answer, and the limit: 1.1 x (start-up + requests / rate).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SLACK = 1.1
 
 
 def ask(engine: Engine, load: Workload) -> dict[str, Any]:
-    """Run all requests in one call; returns seconds of each run and of everything, and what the sweeps were."""
+    """Run all requests in one call; returns the seconds of each run and of everything, and figures of the sweeps."""
     timings: list[SweepTiming] = []
     engine.observer = timings.append
     jobs = load.jobs(engine.parts.model.vocab_size)
@@ -58,7 +58,7 @@ def ask(engine: Engine, load: Workload) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Start up, ask and record."""
+    """Start, run and record."""
     begun = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")

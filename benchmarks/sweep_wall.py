@@ -1,16 +1,17 @@
-"""A suite through HELM beside the engine alone: what HELM's side adds to the wall clock.
+"""A suite through HELM compared with the engine alone: what HELM's side adds to the wall-clock time.
 
     python -m benchmarks.sweep_wall --data DIR --model DIR --work DIR [--shape llama-3-8b] [--subjects …] [-- FLAGS]
 
-DIR of the data holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv`; FLAGS are those of `sweep`. With `--shape`, the model has
-random weights of that shape, and of `--model` only the tokenizer. Programs, one after the other: the sweep of a
-question, whose time is start-up; the sweep of all subjects, from the command to its end; and, without HELM, the engine
-alone with the very jobs that the sweep gave it. `--work` must be empty or absent: HELM's cache is to answer nothing.
+The data directory holds `mmlu/{dev,test}/SUBJECT_SPLIT.csv`; FLAGS are those of `sweep`. With `--shape`, the model has
+random weights of that shape, and of `--model` only the tokenizer is used. Three programs run one after the other: a
+sweep of one question, whose time is start-up; the sweep of all subjects, from the command to its end; and, without
+HELM, the engine alone with the very jobs that the sweep gave it. `--work` must be empty or absent, so that HELM's cache
+answers nothing.
 
-The engine alone computes them all at once, twice, for what the first pass of a process takes; then as they arrived in
-the sweep. With `--parts` an engine in a process of its own does all that, too. So what the passes of the sweep take
-longer is told apart: first calls of kernels, smaller sweeps, the other process, and HELM's processes beside it. Of each
-pass it is printed where its seconds went (`benchmarks/pass_parts.py`), and of the sweeps what their threads were at
+The engine alone computes all jobs at once, twice, because a process's first sweeps take longer; then as they arrived in
+the sweep. With `--parts`, an engine in a worker process does all that, too. This separates the causes of the sweep's
+extra time: first calls of kernels, smaller sweeps, the other process, and HELM's processes. For each pass it prints
+where its time went (`benchmarks/pass_parts.py`), and for the sweeps what their threads did
 (`benchmarks/stack_samples.py`).
 """
 
@@ -48,7 +49,7 @@ _MARK = "the sweep has ended"
 
 
 def make_model(source: Path, shape: str, folder: Path) -> None:
-    """Random weights of a shape, with the tokenizer of `source`."""
+    """Write random weights of a shape, with the tokenizer of `source`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -67,19 +68,19 @@ def make_model(source: Path, shape: str, folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a sweep gave its engine; pickled."""
+    """What a sweep submitted to its engine; pickled."""
 
     jobs: Any
     """`PackedJobs`."""
     portions: list[tuple[float, int]]
-    """When the next jobs were handed over, in seconds after the first ones, and how many."""
+    """When jobs were submitted, in seconds after the first ones, and how many."""
     parts: list[Part]
     spans: list[Span]
-    """Of the command's threads."""
+    """Samples of the command's threads."""
 
 
 def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
-    """Inside the sweep's program: run it, say when it has ended, and only then write down what the engine was given."""
+    """Run the sweep inside its program, print when it has ended, and only then write what it gave the engine."""
     samples = Samples()
     watch_engines(jobs_file.with_suffix(".engine"))
     from engine.workers.packing import PackedJobs
@@ -119,7 +120,7 @@ def sweep_child(jobs_file: Path, arguments: list[str]) -> int:
 
 
 def timelines(jobs_file: Path, begun: float) -> str:
-    """What the command's threads and its engine's were at; seconds since `begun`."""
+    """Timelines of the command's and its engine's threads; seconds since `begun`."""
     given: Given = pickle.loads(jobs_file.read_bytes())
     samples = jobs_file.with_suffix(".engine")
     engine = json.loads(samples.read_text()) if samples.is_file() else []  # none is written in the first second
@@ -127,14 +128,14 @@ def timelines(jobs_file: Path, begun: float) -> str:
 
 
 def worker_of(engine: RemoteEngine) -> int:
-    """The process of its first device."""
+    """The process of the engine's first device."""
     process = engine._place._crew.places[0].process
     assert process is not None
     return process.pid
 
 
 def engine_child(jobs_file: Path, model: Path, policy: str, kind: str) -> int:
-    """Inside the engine's program: the same jobs without HELM, here or in a worker; prints what it took as JSON."""
+    """Run the same jobs without HELM, in this process or in a worker; prints the times as JSON."""
     begun = time.perf_counter()
     from engine import Engine
     from engine.workers.remote_engine import RemoteEngine
@@ -148,7 +149,7 @@ def engine_child(jobs_file: Path, model: Path, policy: str, kind: str) -> int:
         if kind == "here"
         else RemoteEngine.from_pretrained(str(model), policy) as engine
     ):
-        engine.weights_digest()  # which is there when they are loaded
+        engine.weights_digest()  # available once the weights are loaded
         told["start_s"] = time.perf_counter() - begun
         passes = PassParts(os.getpid if isinstance(engine, Engine) else lambda: worker_of(engine))
         engine.observer = passes.observe
@@ -163,7 +164,7 @@ def engine_child(jobs_file: Path, model: Path, policy: str, kind: str) -> int:
 
 
 def asked(engine: Engine | RemoteEngine, jobs: Sequence[Job], portions: Sequence[tuple[float, int]]) -> float:
-    """Seconds until all `jobs` are answered that are asked in portions: seconds after the first one, and a number."""
+    """Seconds until all `jobs` are answered; portions: (seconds after the first, number of jobs) of each submission."""
     begun, first, calls = time.perf_counter(), 0, []
     for at, count in portions:
         time.sleep(max(0.0, at - (time.perf_counter() - begun)))
@@ -176,7 +177,7 @@ def asked(engine: Engine | RemoteEngine, jobs: Sequence[Job], portions: Sequence
 
 
 def started(arguments: list[str], work: Path) -> tuple[float, str]:
-    """Seconds of a program, up to its mark if it gives one, and what it printed."""
+    """Run a program; returns its seconds, up to its mark if it prints one, and its output."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     env["HF_HUB_OFFLINE"] = "1"
     begun, seconds, lines = time.perf_counter(), 0.0, []

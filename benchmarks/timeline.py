@@ -1,9 +1,9 @@
-"""Timelines of calls on the card: what was copied and what was computed when, on which stream.
+"""Timelines of calls on the GPU: what was copied and computed when, on which stream.
 
     python -m benchmarks.timeline --shape opt-30b --rows 1x100x400+100:1 10x100x400+100:1 --gpu-memory 16GB
 
-Recorded by torch.profiler from outside, so the engine knows nothing of it, and written as compact JSON; draw it with
-`python -m benchmarks.draw`. Neighbouring kernels of one stream become one span; large copies stay apart.
+Recorded by torch.profiler, without code in the engine, and written as compact JSON; draw it with `python -m
+benchmarks.draw`. Neighbouring kernels of one stream become one span; large copies stay separate.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """A stretch of time in which a stream was busy with one kind of work."""
+    """A time in which a stream was busy with one kind of work."""
 
     kind: Kind
     stream: int
     start_us: float
-    """From the first event of the recording."""
+    """Since the first event of the recording."""
     duration_us: float
     num_bytes: int = 0
-    """Copied, for copies."""
+    """Bytes copied, for copies."""
     count: int = 1
-    """Events in it."""
+    """Number of events."""
 
     @property
     def end_us(self) -> float:
@@ -111,7 +111,7 @@ def busy_us(spans: list[Span], *kinds: Kind) -> float:
 
 
 def summary(spans: list[Span]) -> dict[str, float]:
-    """Milliseconds from first to last event, busy with each kind, and with nothing at all; bytes copied each way."""
+    """Milliseconds from first to last event, busy with each kind, and idle; bytes copied each way."""
     wall = max((span.end_us for span in spans), default=0.0)
     return {
         "wall_ms": wall / 1e3,
@@ -127,7 +127,7 @@ def summary(spans: list[Span]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Record a call of each workload, after a rehearsal and a plain one, and write them, a file each."""
+    """Record a call of each workload, after a rehearsal and a plain call, and write a file for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="opt-30b")
     parser.add_argument("--rows", nargs="+", type=Workload.parse, default=[Workload.parse("1x100x400+100:1")])
@@ -154,7 +154,7 @@ def main() -> None:
 
 
 def record(engine: Engine, row: Workload) -> dict[str, Any]:
-    """Seconds of a plain call, and the spans of a recorded one."""
+    """Time a plain call, and record the spans of another one."""
     from torch.profiler import ProfilerActivity, profile
 
     timed(engine, row.rehearsal(engine.plan.limits.seats), seed=1)

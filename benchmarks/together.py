@@ -1,9 +1,9 @@
-"""Workloads that are given to an engine together: how much of one is hidden behind the others.
+"""Workloads submitted to an engine together: how much of one is hidden behind the others.
 
     python -m benchmarks.together --shape opt-30b --gpu-memory 16GB --rows 1x64x0+512:32 10x100x400+100:1
 
-Random weights of a real shape, one call for all requests. Prints the time beside the least that the machine allows,
-where one's transfers and another's arithmetic take place at once, and keeps what each sweep did.
+Random weights of a real shape, one call for all requests. Prints the time next to the least that the machine allows if
+the transfers of one workload overlap with the arithmetic of another, and records every sweep.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def ask(engine: Engine, loads: Sequence[Workload], seed: int = 0) -> dict[str, Any]:
-    """Run all requests in one call; returns seconds, when each workload had its last answer, and each sweep."""
+    """Run all requests in one call; returns seconds, when each workload had its last answer, and the sweeps."""
     timings: list[SweepTiming] = []
     engine.observer = timings.append
     vocabulary = engine.parts.model.vocab_size
@@ -50,7 +50,7 @@ def ask(engine: Engine, loads: Sequence[Workload], seed: int = 0) -> dict[str, A
 
 
 def together(works: Sequence[Work], streamed_bytes: float) -> Work:
-    """What workloads take at least that share their sweeps: each sweep brings the weights once for all."""
+    """The least work of workloads that share their sweeps: each sweep brings the weights once for all."""
     sweeps = max(work.sweeps for work in works)
     weights = sweeps * streamed_bytes
     return Work(
@@ -63,7 +63,7 @@ def together(works: Sequence[Work], streamed_bytes: float) -> Work:
 
 
 def rehearsal(load: Workload, limits: Limits) -> Workload:
-    """A workload that claims the same memory in fewer sweeps: of requests of one token, as many runs as fill one."""
+    """A workload that allocates the same memory in fewer sweeps: as many runs of one-token requests as fill a sweep."""
     if load.new > 1:
         return load.rehearsal(limits.seats)
     of_run = load.prefill_tokens / load.num_runs
@@ -71,7 +71,7 @@ def rehearsal(load: Workload, limits: Limits) -> Workload:
 
 
 def time_together(engine: Engine, loads: Sequence[Workload], rates: Rates) -> dict[str, Any]:
-    """Time workloads in one call, after a rehearsal that claims the memory they need, beside the least time."""
+    """Time workloads in one call, after a rehearsal that allocates their memory; returns the least time too."""
     begun = time.perf_counter()
     ask(engine, [rehearsal(load, engine.plan.limits) for load in loads], seed=100)
     rehearsal_s = time.perf_counter() - begun

@@ -1,12 +1,13 @@
-"""What comparing with stock layers takes beside the run that it compares, for a model of a real shape.
+"""The cost of comparing with stock layers, relative to the run that is compared, for a model of a real shape.
 
     python -m benchmarks.verify [--shape opt-30b] [--gpu-memory 16GB] [--cpu-memory 64GB] [--rows 1x32x400+100:1 …]
 
 Each row is a workload of `flexgen-helm bench`, RUNSxREQUESTSxSHARED+OWN:NEW. The engine answers it, after a rehearsal
-that claims the memory; then `Engine.compare_with_stock`, which `flexgen-helm verify` calls for a model that host memory
-cannot hold, computes the same tokens both ways, twice: like the run, it is timed when it has claimed memory and loaded
-kernels. The first time is told, too; on a machine that was just started, libraries are read from the disk then. The
-ratio is that of both together to the run alone. Weights are random, so they are not compared with a checkpoint.
+that allocates the memory; then `Engine.compare_with_stock`, which `flexgen-helm verify` calls for a model that host
+memory cannot hold, computes the same tokens both ways, twice; the second time counts, when memory is allocated and
+kernels are loaded. The first time is recorded too; on a machine that was just started, libraries are read from disk
+then. The ratio is that of run and comparison together to the run alone. Weights are random, so they are not compared
+with a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _LAYERS_TOLD = 3
 
 
 def compared(engine: Engine, load: Workload) -> dict[str, Any]:
-    """Seconds of a run and of its comparison, and what that found."""
+    """Time a run and its comparison; returns the seconds and the findings."""
     rehearsal = load.rehearsal(engine.plan.limits.seats)
     timed(engine, rehearsal, seed=1)
     jobs = load.jobs(engine.parts.model.vocab_size, 0)
@@ -61,7 +62,7 @@ def compared(engine: Engine, load: Workload) -> dict[str, Any]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the printed table."""
+    """Format a row of the printed table."""
     worst = row["worst"][0]
     return (
         f"{row['row']:>20}  run {row['run_s']:8.2f} s in {row['sweeps']} sweeps  compare {row['compare_s']:8.2f} s in "

@@ -1,9 +1,9 @@
-"""What the digest of the weight files costs a start: `python -m benchmarks.weights_digest --gigabytes 26 --folder DIR`.
+"""The cost of the weight files' digest at a start: `python -m benchmarks.weights_digest --gigabytes 26 --folder DIR`.
 
-Makes a Llama checkpoint of random numbers (safetensors shards) in DIR and starts an engine on it in turn with its
-digest to be computed and with one kept from an earlier start, of files on the disk (cold) and in the page cache (warm).
-A start is from `Engine.from_pretrained` to the last weight in its place; `digest_s` is until the digest is
-known. Beside it stand the disk's rate by direct reads, and the rate of the digest alone, of files in the page cache.
+Writes a Llama checkpoint of random numbers (safetensors shards) into DIR and starts an engine on it, alternately with a
+digest to compute and with one kept from an earlier start, with files on disk (cold) and in the page cache (warm). A
+start is from `Engine.from_pretrained` until the last weight is in place; `digest_s` is until the digest is known. Also
+measures the disk's rate by direct reads, and the rate of the digest alone, of files in the page cache.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 _HIDDEN, _INNER, _VOCABULARY = 4096, 11008, 32000
 _LAYERS_PER_SHARD = 12
 _BYTES = 2
-"""Of a number, float16."""
+"""Bytes of a float16 number."""
 
 
 def layer_shapes(number: int) -> dict[str, tuple[int, ...]]:
@@ -67,7 +67,7 @@ def layers_for(num_bytes: float) -> int:
 
 
 def write_checkpoint(folder: Path, num_layers: int) -> None:
-    """Write a Llama of so many layers, of random numbers, and what the engine needs beside them."""
+    """Write a Llama of so many layers with random numbers, and the other files that the engine needs."""
     config = {
         **{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float16"},
         **{"hidden_size": _HIDDEN, "intermediate_size": _INNER, "vocab_size": _VOCABULARY},
@@ -113,7 +113,7 @@ def start(folder: Path, policy: Policy, *, digest_is_kept: bool) -> dict[str, fl
 
 
 def rounds(folder: Path, policy: Policy, count: int, *, cold: bool) -> Iterator[tuple[str, dict[str, float]]]:
-    """Starts with and without the digest, in turn; the first of each is told, too."""
+    """Yield starts with and without the digest, alternately; the first of each is included."""
     for number in range(count):
         kinds = (True, False) if number % 2 else (False, True)
         for is_kept in kinds:
@@ -146,7 +146,7 @@ def digest_seconds(folder: Path) -> float:
 
 
 def main() -> None:
-    """Write, start in turn, print and record."""
+    """Write, start alternately, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=26.0, help="size of the checkpoint (26)")
     parser.add_argument("--folder", type=Path, required=True, help="new, on the disk to be measured; removed")
@@ -169,9 +169,9 @@ def main() -> None:
         drop_from_page_cache(files)
         time.sleep(kept_digests.SETTLED_NS / 1e9)
         cold_rate = read_rate(files, most_bytes=8 << 30)
-        start(options.folder, policy, digest_is_kept=False)  # what a process does once is not counted
+        start(options.folder, policy, digest_is_kept=False)  # what a process does only once is not counted
         cold = figures(list(rounds(options.folder, policy, options.rounds, cold=True)))
-        start(options.folder, policy, digest_is_kept=True)  # into the page cache
+        start(options.folder, policy, digest_is_kept=True)  # fills the page cache
         warm = figures(list(rounds(options.folder, policy, options.rounds, cold=False)))
         alone_s = digest_seconds(options.folder)
     finally:

@@ -1,4 +1,4 @@
-"""Runs sweeps: all micro-batches through one layer, then the next layer; then logits only where they are asked for."""
+"""Runs sweeps: all micro-batches through one layer, then the next; then logits, only for the rows that need them."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from engine.weights.stream import WeightStream
 
 
 class Ask(NamedTuple):
-    """A row of one span whose logits are asked for."""
+    """A request for the logits of one row of a span."""
 
     span: Span
     row: int
     target: int | None
-    """Token whose log-probability is asked for; None: the next token is to be chosen (or, for a prefix, kept)."""
+    """The token whose log-probability is wanted; None: the next token is to be chosen (or, for a prefix, kept)."""
     drafted: tuple[int, ...] = ()
-    """Tokens that are taken to follow those the sequence had: the choice counts only if they did."""
+    """Drafted tokens before this row: the choice counts only if the sequence is found to continue with them."""
     num_before: int = 0
-    """How many tokens the sequence had."""
+    """The number of tokens that the sequence had when the sweep was scheduled."""
 
 
 class Answer(NamedTuple):
-    """What the logits of one row say."""
+    """What was computed from the logits of one row."""
 
     ask: Ask
     token: int
@@ -49,17 +49,17 @@ class Answer(NamedTuple):
     logprob: float
     """Natural log of its probability under the model's unmodified distribution."""
     greedy: int
-    """The token that greedy choice takes by these logits; -1 where nobody asks for it."""
+    """The most likely token; -1 if it was not asked for."""
     greedy_logprob: float
-    """The natural log of its probability, likewise; 0 where nobody asks."""
+    """Natural log of its probability; 0 if it was not asked for."""
     is_finite: bool
-    """Whether all logits of the row are numbers."""
+    """Whether all logits of the row are finite."""
     next_logprobs: torch.Tensor | None = None
-    """float32 `[vocabulary]` on the host, only behind the last token of a scored prefix."""
+    """float32 `[vocabulary]` on the host; only for the last token of a scored prefix."""
 
 
 class Executor:
-    """Takes micro-batches of segments through the model once."""
+    """Computes a sweep: takes micro-batches of segments through the model once."""
 
     def __init__(
         self,
@@ -72,42 +72,42 @@ class Executor:
         line: StageLine | None = None,
         lane: int = 0,
     ) -> None:
-        """line: to the other stages, where the model's layers are here in part. lane: whose sweeps these are."""
+        """line: connects to the other stages, if the model has several. lane: whose sweeps these are."""
         self._model = model
         self._line, self._lane = line, lane
         self.limits = limits
-        """How micro-batches are put together; the scheduler's."""
+        """The limits by which the scheduler puts micro-batches together."""
         self._weights = weights
         self._cache, self._states = cache, states
         self._hidden = hidden
         self._joint = JointExperts(model.sweeping, compute, model.device)
         self.steps = Steps(model, cache, is_wanted=limits.replays)
-        """What replays decode steps that lie on the device."""
+        """Replays recorded decode steps of a model that is entirely on the device."""
         self.num_sweeps = 0
-        """Passes over the layers so far."""
+        """Sweeps so far."""
 
     def close(self) -> None:
-        """Let go of keys, values, states and hidden states; the arena frees the memory."""
+        """Release keys, values, states and hidden states; the arena frees the memory."""
         self.steps.forget("the engine is closed")
         self._cache.close()
         self._states.close()
         self._hidden.close()
 
     def recover(self) -> None:
-        """Be ready for another sweep after one that ended in an error."""
+        """Reset to a state in which the next sweep can begin, after one that ended in an error."""
         self._weights.release_all()
         self._hidden.begin(())
         self.steps.clear()
 
     def choices(self, batches: list[list[Segment]]) -> dict[int, int]:
-        """Compute every segment; the token chosen behind the last row of each, by its span's identity."""
+        """Compute every segment; returns the token chosen after the last row of each, by `id()` of its span."""
         return {id(answer.ask.span): answer.token for answer in self.sweep(batches)}
 
     @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
-        """Compute every segment and answer what its span asks for, in the order of the rows; changes no span.
+        """Compute every segment and return the answers for its span, in the order of the rows; changes no span.
 
-        Where the last layers are elsewhere, their hidden states are handed on, and nothing is answered.
+        A stage without the last layers sends their hidden states on, and returns no answers.
         """
         model, weights, cache, hidden, line = self._model, self._weights, self._cache, self._hidden, self._line
         micro = [self._micro_batch(segments) for segments in batches]
@@ -116,7 +116,7 @@ class Executor:
         calls: dict[int, list[LayerCall]] = {}
 
         def through(layer: int, index: int) -> None:
-            """Take a micro-batch through a layer."""
+            """Compute one layer for one micro-batch."""
             batch = micro[index]
             if (
                 layer == model.held.start
@@ -147,7 +147,7 @@ class Executor:
             if isinstance(batch, StepBatch):
                 weights.look_up(batch.ids)
                 hidden.put(index, self.steps.run(batch))
-        # A member of a group that has nothing to compute brings its part of each layer for the others.
+        # A member of a group with nothing to compute still provides its part of each layer to the others.
         for step, layer in enumerate(model.held) if by_layers or not micro else ():
             weights.acquire(step)
             model.sweeping.layer = layer
@@ -166,11 +166,11 @@ class Executor:
         model = self._model
         if model.is_padded:
             return PaddedBatch(segments, model.device, model.sweeping, self.limits.most_states)
-        steps = self.steps.take(segments) if self.num_sweeps else None  # not before all weights have come
+        steps = self.steps.take(segments) if self.num_sweeps else None  # not before all weights are loaded
         return steps or MicroBatch(segments, model.device, self.limits)
 
     def _together(self, step: int, num_rows: list[int]) -> list[list[int]]:
-        """Micro-batches, of so many rows each, that wait for each other where a layer computes experts: neighbours."""
+        """Divide micro-batches of these numbers of rows into runs of neighbours whose experts are computed together."""
         most = self.limits.waiting_rows if self._weights.expands_experts(step) else 0
         found: list[list[int]] = []
         rows = 0
@@ -221,12 +221,12 @@ class Executor:
             )
             tokens[rows] = _with_due(chosen, sequences)
         gathered = logprobs.gather(-1, tokens[:, None])[:, 0]
-        # Decode steps ask for no more than they choose, but for jobs that say so; a prompt's tokens are compared.
+        # Decode steps need only the chosen token, unless a job asks for the likeliest; prompt scoring needs the argmax.
         greedy, greedy_logprobs = [-1] * len(asks), [0.0] * len(asks)
         if len(choosing) < len(asks) or any(isinstance(a.span, Sequence) and a.span.job.likeliest for a in asks):
             best = logits.argmax(dim=-1)
             greedy, greedy_logprobs = best.tolist(), logprobs.gather(-1, best[:, None])[:, 0].tolist()
-        finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN where a logit is
+        finite = logits.amin(dim=-1).isfinite() & logits.amax(dim=-1).isfinite()  # both are NaN if a logit is NaN
         values = zip(asks, tokens.tolist(), gathered.tolist(), greedy, greedy_logprobs, finite.tolist(), strict=True)
         return [
             Answer(ask, token, logprob, best_token, best_logprob, is_finite, _kept(ask, logprobs, row))
@@ -235,7 +235,7 @@ class Executor:
 
 
 def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    """The tokens chosen for sequences, ids `[sequences]`, but where one is due whatever is chosen."""
+    """Replace the tokens chosen for sequences, ids `[sequences]`, by the tokens that their thinking rule prescribes."""
     due = [sequence.thinking.due[0] if sequence.thinking.due else -1 for sequence in sequences]
     if max(due) < 0:
         return chosen
@@ -244,12 +244,12 @@ def _with_due(chosen: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
 
 
 def _kept(ask: Ask, logprobs: torch.Tensor, row: int) -> torch.Tensor | None:
-    """What follows a scored prefix, for sequences that continue it later; a view would keep the whole chunk."""
+    """Copy the distribution after a scored prefix, which sequences continue later; a view would keep a whole chunk."""
     return logprobs[row].to("cpu", copy=True) if ask.target is None and isinstance(ask.span, Prefix) else None
 
 
 def _asks(segment: Segment) -> list[Ask]:
-    """What `segment` wants of the logits, in the order of its rows."""
+    """The logits that `segment` needs, in the order of its rows."""
     span = segment.span
     last = segment.first + segment.num_rows - 1
     if isinstance(span, Prefix):
@@ -269,7 +269,7 @@ def _asks(segment: Segment) -> list[Ask]:
 
 
 def _take_rows(states: list[torch.Tensor], count: int) -> torch.Tensor:
-    """Remove the first `count` rows from a list of row blocks and return them as one."""
+    """Remove the first `count` rows from a list of row blocks and return them as one tensor."""
     taken: list[torch.Tensor] = []
     while count:
         block = states[0]

@@ -91,7 +91,7 @@ class Job:
         if self.max_new_tokens < 0:
             raise JobError(f"max_new_tokens {self.max_new_tokens} is negative")
         if self.max_new_tokens == 0 and not self.prompt_logprobs:
-            raise JobError("max_new_tokens 0 without prompt_logprobs asks for nothing")
+            raise JobError("max_new_tokens 0 without prompt_logprobs requests nothing")
         for stop in self.stop:
             if not isinstance(stop, str) and not (isinstance(stop, Sequence) and all(map(is_whole, stop))):
                 raise JobError(f"stop {_shown(stop)} is neither a text nor a list of token ids")

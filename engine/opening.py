@@ -1,4 +1,4 @@
-"""From a model directory and a policy to everything that a loop of sweeps works with."""
+"""Opens a model: from a model directory and a policy to everything that the sweep loop works with."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ from engine.weights.stream import WeightStream
 
 @dataclass(frozen=True, kw_only=True)
 class Lane:
-    """Sequences of which a sweep is computed at a time, and what layers keep of them."""
+    """Sequences that share sweeps, and their caches; several lanes have sweeps in flight at the same time."""
 
     cache: KVCache
     states: StateCache
     room: CacheRoom
-    """Where spans have their keys, values and states."""
+    """Allocates the keys, values and states of spans."""
     scheduler: Scheduler
     executor: Executor
 
     def told(self, number: int, batches: list[list[Segment]]) -> Told:
-        """What other stages are told of a sweep of this lane, which is the one of this `number`."""
+        """The message that describes a sweep of this lane, lane `number`, to the other stages."""
         rows, slots = (tuple(map(each.room.num_rows, TIERS)) for each in (self.cache, self.states))
         return Told(lane=number, rows=rows, slots=slots, batches=batches)
 
     def follow(self, told: Told) -> None:
-        """Compute what the stage that leads has told, with its rows of keys, values and states."""
+        """Compute a sweep of the leading stage, after giving the cache tables the sizes that they have there."""
         for tables, sizes in ((self.cache.room, told.rows), (self.states.room, told.slots)):
             for tier, size in zip(TIERS, sizes, strict=True):
                 tables.be(tier, size)
@@ -75,44 +75,44 @@ class Lane:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A model opened by a policy: what a loop of sweeps works with."""
+    """A model opened under a policy: everything that the sweep loop works with."""
 
     policy: Policy
     path: Path
-    """The model's directory; it may be gone where weights do not come from it."""
+    """The model's directory; it may no longer exist if weights do not come from it."""
     plan: Plan
     model: CausalModel
     weights: WeightStore
     stream: WeightStream
     lanes: tuple[Lane, ...]
-    """Sequences whose sweeps are in flight at the same time; one, but where the model's layers are in stages."""
+    """Lanes, whose sweeps are in flight at the same time; one, unless the model's layers are in stages."""
     arena: Arena
     group: Group | None
-    """The engines that this one sweeps together with."""
+    """The engines that compute each sweep together with this one."""
     line: StageLine | None
-    """To the other stages of the model, where this process has some of its layers."""
+    """The connection to the model's other stages, if this process is one of several."""
     tokenizer: PreTrainedTokenizerBase
     text: Text
     window: int | None
-    """Most positions of a sequence; None when the model sets no limit."""
+    """Most positions of a sequence; None if the model sets no limit."""
     pad_token: int
     draft: OpenedDraft | None
-    """The model that drafts tokens for it, if there is one."""
+    """The draft model, if the policy names one."""
     loading: Iterator[None]
-    """Brings a parameter to its place at each step; sweeps wait for those that are not there yet."""
+    """Loads one parameter at each step; sweeps wait for parameters that are not loaded yet."""
     opened: ExitStack
-    """What is to be closed."""
+    """Everything that `close` closes."""
 
     def close(self) -> None:
-        """Free page-locked memory and offload files; nothing may be under way any more."""
+        """Free page-locked memory and offload files; no sweep may be in progress."""
         self.opened.close()
 
 
 def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member: Member | None = None) -> Parts:
-    """Open the described model with weights that `fill` puts in place; member: which this is of several engines.
+    """Open the described model; `fill` loads its weights; `member` says which of several engines this is.
 
-    Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` when the policy does not fit the
-    memory at hand.
+    Raises `ConfigError`, `CheckpointError`, `UnsupportedError`, or `CapacityError` if the policy does not fit the
+    available memory.
     """
     limit_threads()
     device_name = resolve_device(policy.device)
@@ -223,14 +223,14 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
 
 
 def check_model(description: ModelDescription, policy: Policy) -> None:
-    """Raise what `open_parts` would raise for the described model itself, whatever the machine; reads no weights.
+    """Raise what `open_parts` would raise for the model itself on any machine; reads no weights.
 
-    Of a model whose weight files nobody looked at, only what its other files tell is known.
+    Of a model without downloaded weight files, only what its other files say is checked.
     """
     has_weights = description.weight_bytes > 0
     cpu = torch.device("cpu")
     model, tokenizer, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
-    if policy.dtype != "auto":  # which stands for another dtype on every kind of device
+    if policy.dtype != "auto":  # auto is another dtype on each kind of device
         _check_weight_dtype(policy, policy.dtype)
     if has_weights:
         check_checkpoint(Path(description.path), model)
@@ -245,14 +245,14 @@ def _draft_model(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
 ) -> DraftModel | None:
-    """The policy's draft model, without numbers, if it names one; refuses what cannot draft for `model`."""
+    """Return the policy's draft model, without weights, if it names one; raises if it cannot draft for `model`."""
     if policy.draft_model is None:
         return None
     return DraftModel.of(policy.draft_model, model, tokenizer, model.dtype, device)
 
 
 def _one_after_the_other(*steps: Iterator[None]) -> Iterator[None]:
-    """Steps of several, those of the first before the second's."""
+    """Chain the steps of several iterators, one iterator after the other."""
     for each in steps:
         yield from each
 
@@ -265,17 +265,17 @@ def _open_model(
     *,
     has_weights: bool = True,
 ) -> tuple[CausalModel, PreTrainedTokenizerBase, SpecialTokens]:
-    """The described model without numbers, and its tokenizer; refuses what cannot be run under the policy."""
+    """Build the described model without weights, and its tokenizer; raises if it cannot run under the policy."""
     policy.check_window(description.window)
     path = Path(description.path)
     tokenizer = load_tokenizer(path)
-    with one_thread():  # its modules are tried with few rows
+    with one_thread():  # its modules are tried with a few rows
         model = CausalModel(path, dtype, device, batch_invariant=policy.batch_invariant, has_weights=has_weights)
     special = special_tokens(path, model.config, tokenizer)
     if policy.compress_cache:
         check_encodable(model.kv_shapes, model.dtype, {at: each.dtype for at, each in model.indexers.items()})
     if policy.compress_weight and model.quantization:
-        raise UnsupportedError(f"compress-weight: {path} comes quantized already; leave it out")
+        raise UnsupportedError(f"compress-weight: {path} is already quantized; leave compress-weight out")
     return model, tokenizer, special
 
 
@@ -285,7 +285,7 @@ def _check_weight_dtype(policy: Policy, dtype: str) -> None:
 
 
 def explained(error: BaseException, policy: Policy) -> BaseException:
-    """`error` as one of the engine, in one line, unless it is one or ends the process."""
+    """Convert `error` to a one-line error of the engine, unless it is one or ends the process."""
     if accelerator.is_out_of_memory(error):
         what = one_line(error)
         reason = what[max(0, what.find("DefaultCPUAllocator")) :].split(". ")[0]

@@ -29,14 +29,14 @@ from engine.workers.handing_out.lanes import LaneShares
 from engine.workers.handing_out.sharing_out import Room
 
 _SWEEPS_AHEAD = 2
-"""That a lane is given sequences for, as devices are given jobs."""
+"""Sweeps for which a lane is given sequences in advance, as devices are given jobs."""
 
 
 class SweepLoop:
     """Serves calls of any thread together: jobs that arrive while a sweep runs join the next one.
 
-    Where the model is in stages, there are as many lanes: a sweep of each is under way at the same time, one at every
-    stage. This one has the last layers; others are told of a sweep when it is scheduled.
+    If the model is in stages, there are as many lanes as stages: each has a sweep in progress at the same time, one at
+    every stage. This stage has the last layers, and sends the others the schedule of each sweep.
     """
 
     def __init__(self, parts: Parts, loader: Loader, observe: Callable[[SweepTiming], None]) -> None:
@@ -74,7 +74,7 @@ class SweepLoop:
         if not call.left:
             return
         with self._changed:
-            if self._fault is None and not self._closing:  # else nobody looks at it any more
+            if self._fault is None and not self._closing:  # otherwise no thread reads the list any more
                 self._abandoned.append(call)
                 self._changed.notify_all()
 
@@ -148,7 +148,7 @@ class SweepLoop:
                 call.put(self._fault or EngineError("the engine was closed while this job was waiting"))
 
     def _leave(self) -> None:
-        """Let others that compute with this engine know that it ends."""
+        """Tell the engines that compute with this one that it ends."""
         self._locksteps[0].leave()
         if self._parts.line is not None:
             with suppress(EngineError):
@@ -168,7 +168,7 @@ class SweepLoop:
                 return False
             inbox, self._inbox = self._inbox, []
             abandoned, self._abandoned = self._abandoned, []
-        for call, sequences in inbox:  # all of them before anything can fail: a fault is told to the owners
+        for call, sequences in inbox:  # all of them before anything can fail: an error goes to the calls in progress
             self._in_work.add(call, sequences)
         for new in (*(list(sequences.values()) for _, sequences in inbox), []):
             for number, given in self._shares.share_out(new).items():
@@ -183,7 +183,7 @@ class SweepLoop:
         return True
 
     def _leave_out(self, sequence: Sequence) -> bool:
-        """Have a sequence no longer in work; False where it was not."""
+        """Remove a sequence from the ones in progress; returns False if it was not among them."""
         if sequence not in self._in_work:
             return False
         self._in_work.forget(sequence)
@@ -191,7 +191,7 @@ class SweepLoop:
         return True
 
     def _begin(self, track: Track) -> None:
-        """Schedule a lane's next sweep, and tell other stages of it."""
+        """Schedule a lane's next sweep, and send it to the other stages."""
         scheduler, text, line = track.scheduler, self._parts.text, self._parts.line
         begun = time.perf_counter()
         track.take_over(self._leave_out)
@@ -218,7 +218,7 @@ class SweepLoop:
         if self._loader.loaded > computing and self._parts.weights.is_complete:  # the loader has yet to say so
             self._loader.loaded = computing
         batches, answers = self._sweep(track, sweep.batches)
-        self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
+        self._parts.weights.check_source()  # answers of weights that changed meanwhile are not delivered
         swept = time.perf_counter()
         before = _num_generated(scheduler.running)
         advance(batches, answers, text)
@@ -253,7 +253,7 @@ class SweepLoop:
                 device=str(self._parts.arena.device),
             )
         )
-        self._deliver(done)  # last: whoever sees the result finds the room free
+        self._deliver(done)  # last, so that a caller who sees the result finds the space free
 
     def _sweep(self, track: Track, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
         """The results of a sweep, and its answers.

@@ -1,4 +1,4 @@
-"""The program of a worker process: an engine that is told what to do, and tells what becomes of it."""
+"""The program of a worker process: runs an engine as another process asks it to, and reports what becomes of jobs."""
 
 from __future__ import annotations
 
@@ -46,17 +46,18 @@ if TYPE_CHECKING:
     from engine.engine import Engine
 
 _TURN_S = 0.0005
-"""How long a thread may hold the interpreter against others. The one that computes lets go of it with every function of
-torch, and would wait for 5 ms, the default, each time that another thread is at work on jobs."""
+"""Seconds that a thread may keep the interpreter lock while others wait for it. The computing thread releases the lock
+with every torch function, and would wait up to 5 ms, the default, each time another thread handles jobs.
+"""
 _LOOK_S = 0.5
-"""How often a process looks whether its parent is still there: a line that others have inherited does not end."""
+"""Seconds between checks that the parent is alive: a pipe that other processes inherited does not close with it."""
 
 
 def main(line: int) -> None:
-    """Serve the process at the other end of the file descriptor `line` until it closes it, or ends."""
+    """Serve the process at the other end of the file descriptor `line` until it closes the connection or ends."""
     parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole process group; the parent decides what to do
     threading.Thread(target=_end_with, args=(parent,), name="flexgen-parent", daemon=True).start()
     sys.setswitchinterval(_TURN_S)
     Serving(Connection(line)).run()
@@ -69,18 +70,18 @@ def _end_with(parent: int) -> None:
 
 
 class Serving:
-    """An engine at one end of a line."""
+    """Connects an engine to the process at the other end of a pipe."""
 
     def __init__(self, line: Connection) -> None:
         self._line = line
         self._inbox: queue.SimpleQueue[Told] = queue.SimpleQueue()
         self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
-        """What is to be told; an event is set when all before it has left, and None ends it."""
+        """Messages to send; an event is set when everything before it was sent, and None ends the sender."""
         self._answering = Answering(self._outbox.put, self._tell, self._fail)
         self._is_open = False
 
     def run(self) -> None:
-        """Open what is asked for and serve it; returns when everything has been told."""
+        """Open the requested model and serve it; returns when every message has been sent."""
         sender = threading.Thread(target=self._send, name="flexgen-tell", daemon=True)
         sender.start()
         threading.Thread(target=self._receive, name="flexgen-hear", daemon=True).start()
@@ -91,22 +92,22 @@ class Serving:
         self._answering.wait()
         self._outbox.put(None)
         sender.join()
-        os._exit(0)  # everything is given back, and nothing of what an interpreter tidies up matters here
+        os._exit(0)  # all resources are released; skips the interpreter's slow finalization
 
     def _serve(self) -> None:
-        from engine.engine import Engine  # takes seconds: here, before anybody has asked for anything
+        from engine.engine import Engine  # takes seconds: done before the first message arrives
         from engine.kernels.threads import limit_threads
 
         gc.collect()
-        gc.freeze()  # else what was imported is looked through again and again for what nobody needs
+        gc.freeze()  # else the garbage collector would examine the imported modules again and again
 
         while isinstance(first := self._inbox.get(), Look | Check):
             if isinstance(first, Look):
                 self._outbox.put(seen_here(first))
             else:
                 self._outbox.put(_checked(first))
-                with suppress(Exception):  # opening the model says it
-                    seen_here(Look(policy=first.policy))  # devices take their time to begin: now, while nobody waits
+                with suppress(Exception):  # opening the model reports the error
+                    seen_here(Look(policy=first.policy))  # initializing a device takes time: done while nobody waits
         if not isinstance(first, Open):
             return
         if first.member is not None:
@@ -145,7 +146,7 @@ class Serving:
             threading.Thread(target=self._compare, args=(engine, told), name="flexgen-compare", daemon=True).start()
 
     def _tell(self, message: Tells) -> None:
-        """Say something, and wait until it has left: what follows may end this process at once."""
+        """Send a message, and wait until it was sent, because what follows may end this process at once."""
         left = threading.Event()
         self._outbox.put(message)
         self._outbox.put(left)
@@ -161,7 +162,7 @@ class Serving:
         self._outbox.put(Compared(outcome=outcome))
 
     def _follow_loading(self, engine: Engine) -> None:
-        """Tell when weights and digest are there, or that they cannot be; who asks for an answer is told of it, too."""
+        """Report when the weights and the digest are there, or why not; calls that wait for answers fail likewise."""
         try:
             engine.wait_until_loaded()
             self._outbox.put(Loaded())
@@ -170,7 +171,7 @@ class Serving:
             self._outbox.put(Digested(digest=None, error=error))
 
     def _follow(self, engine: Engine) -> None:
-        """Compute what another stage tells, until that ends."""
+        """Compute the sweeps of the leading stage until it ends."""
         try:
             engine.follow()
         except BaseException as error:
@@ -186,10 +187,10 @@ class Serving:
                 if isinstance(told, Open) and told.member is not None and told.member.weights is not None:
                     told = replace(told, member=replace(told.member, weights=reduction.recv_handle(self._line)))
                 if isinstance(told, Close) and not self._is_open:
-                    os._exit(0)  # nothing of what is being opened is needed any more
+                    os._exit(0)  # the model that is being opened is not needed any more
                 self._inbox.put(told)
         except (EOFError, OSError):
-            os._exit(1)  # nobody hears what would be answered
+            os._exit(1)  # nobody is left to receive answers
 
     def _send(self) -> None:
         try:
@@ -203,7 +204,7 @@ class Serving:
 
     @contextmanager
     def _telling_notes(self) -> Iterator[None]:
-        """Inside, warnings and what is logged go to the other end of the line."""
+        """Send warnings and log records of the `engine` logger to the other process while the context is active."""
 
         def warn(message: Warning | str, *_: Any, **__: Any) -> None:
             self._outbox.put(Note(logger=None, level=logging.WARNING, text=one_line(Exception(str(message)))))

@@ -23,22 +23,22 @@ from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
 atexit.register(gc.freeze)  # else the interpreter looks through all of torch and HELM before it ends, for seconds
 
 COMMANDS = {
-    "demo": "a real HELM scenario with a small real model; what it fetches is named first",
+    "demo": "run a real HELM scenario with a small real model",
     "run": "run HELM entries through the offloading engine; with no entries, the demo",
-    "sweep": "run a whole suite as one job that can be stopped at any moment and continues where it stopped",
-    "register": "write a model's HELM entries once, for plain helm-run",
-    "complete": "prompts in, completions out, as JSON lines; continues where it stopped",
-    "serve": "an OpenAI-compatible endpoint over the engine",
+    "sweep": "run a whole suite as one job that can be stopped at any moment and resumed",
+    "register": "write a model's HELM entries, so that plain helm-run can run it on the engine",
+    "complete": "complete prompts of a file, as JSON lines; can be resumed",
+    "serve": "serve an OpenAI-compatible HTTP endpoint",
     "bench": "time the engine on random weights of a real shape, compared with the machine's limits",
-    "plan": "the policy with the least estimated time for a workload, before anything is run",
-    "check": "say whether a model runs, by which path, what it needs, and if a small copy is as in plain transformers",
+    "plan": "find the policy with the least estimated time for a workload, without running it",
+    "check": "find out whether a model runs, what it needs, and whether a small copy equals plain transformers",
     "verify": "compare a sample of a run with plain transformers: log-probabilities, tokens, score",
-    "compare": "what has changed from one suite to a later one; exit code 1 if something is worse",
-    "reproduce": "run a finished run again from its record, and say what is equal; exit code 1 if something differs",
+    "compare": "compare a suite with a later one; exit code 1 if something is worse",
+    "reproduce": "run a finished run again from its record; exit code 1 if something differs",
     "report": "write a suite's report.html and report.json: scores, speed, trends, failed runs",
-    "lm-eval": "lm-evaluation-harness's own command line, with the engine as its model `flexgen`",
+    "lm-eval": "run lm-evaluation-harness, with the engine as its model `flexgen`",
     "doctor": "show what this machine has and what is missing",
-    "completion": "print a script by which bash, zsh, fish or tcsh completes these commands and their flags",
+    "completion": "print a completion script for bash, zsh, fish or tcsh",
 }
 
 

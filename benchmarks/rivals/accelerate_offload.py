@@ -1,7 +1,7 @@
-"""Hugging Face Accelerate: a device map that fills the card and leaves the rest in host memory, then `generate`.
+"""Hugging Face Accelerate: a device map that fills the GPU and leaves the rest in host memory, then `generate`.
 
-The map is Accelerate's own (`infer_auto_device_map`), with the card's share chosen so that a batch's keys and values,
-its temporaries and two layers in transit have room beside it.
+The map is Accelerate's own (`infer_auto_device_map`), with the GPU's share chosen so that a batch's keys and values,
+its temporaries and two layers in transit also fit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the rivals' scripts have in common: their flags, the card's memory limit, and the line that they end with.
+"""What the rivals' scripts have in common: flags, the GPU memory limit, and the result line.
 
-A contender is a process of its own: it prints progress as it likes and, last, one line `result {JSON}`.
+A contender is a process of its own: it may print anything, and last a line `result {JSON}`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ MARK = "result "
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What every contender is asked to do."""
+    """The task of every contender."""
 
     shape: str
     load: Workload
     gpu_memory: int | None
     """Bytes that torch may reserve."""
     batch_size: int | None
-    """Sequences in a batch; None: what fits by the script's own estimate."""
+    """Sequences in a batch; None: as many as fit by the script's own estimate."""
     cut: int | None
-    """Decode steps that are measured, the others projected by their mean; None: all are measured."""
+    """Decode steps that are measured, with the others projected by their mean; None: all are measured."""
     batches: int | None
-    """Batches that are measured, the others projected; None: all are measured."""
+    """Batches that are measured, with the others projected; None: all are measured."""
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -50,7 +50,7 @@ class Task:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that every contender takes."""
+    """The flags that every contender has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--shape", default="opt-30b")
     made.add_argument("--row", type=Workload.parse, default="1x64x0+512:32")
@@ -62,14 +62,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def limit_device(limit: int | None) -> None:
-    """Let torch reserve so many bytes at most on the card."""
+    """Limit the bytes that torch may reserve on the GPU."""
     if limit is not None and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), 0)
 
 
 def task_of(options: argparse.Namespace, *, enforce: bool = True) -> Task:
-    """The task that the flags mean; limits what torch may reserve on the card, unless not to `enforce` it yet."""
+    """Parse the flags into a task; with `enforce`, limit what torch may reserve on the GPU."""
     limit = None if options.gpu_memory is None else parse_bytes(options.gpu_memory, "--gpu-memory")
     if enforce:
         limit_device(limit)
@@ -84,18 +84,18 @@ def task_of(options: argparse.Namespace, *, enforce: bool = True) -> Task:
 
 
 def device() -> torch.device:
-    """Where contenders compute."""
+    """The device on which contenders compute."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def release() -> None:
-    """Give back what torch holds of what is gone."""
+    """Release memory that torch holds for freed tensors."""
     gc.collect()
     accelerator.release_memory(device())
 
 
 def stopwatch(call: Callable[[], object]) -> float:
-    """Seconds until everything that `call` asked of the device is done."""
+    """Seconds until the device has done everything that `call` started."""
     start = time.perf_counter()
     call()
     if torch.cuda.is_available():

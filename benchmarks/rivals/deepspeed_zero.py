@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-Inference: ZeRO stage 3 with parameters in page-locked host memory, then `generate`.
 
 Needs the package `deepspeed` (a pure-Python wheel will do: `DS_BUILD_OPS=0 pip wheel --no-deps deepspeed`), with
-`hjson` and `pydantic` beside what torch brings. It keeps no share of the weights on the card, and no keys and values
-off it.
+`hjson` and `pydantic` in addition to torch's dependencies. It keeps no share of the weights on the GPU, and no keys and
+values off it.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main() -> None:
         "train_micro_batch_size_per_gpu": 1,
         "train_batch_size": 1,
     }
-    keep = HfDeepSpeedConfig(config)  # as long as it lives, `generate` knows that parameters are partitioned
+    keep = HfDeepSpeedConfig(config)  # while it exists, `generate` knows that parameters are partitioned
     deepspeed.init_distributed("nccl", rank=0, world_size=1)
-    deepspeed.zero.Init(module=model, config_dict_or_path=config)  # else the whole model goes to the card first
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)  # else the whole model goes to the GPU first
     engine = deepspeed.initialize(model=model, config=config)[0]
     engine.module.eval()
     setup_s = time.perf_counter() - start

@@ -28,7 +28,7 @@ from flexgen_helm.planning.dummy import shape_config
 
 
 class NoTokenizer:
-    """What its scheduler asks of a tokenizer: prompts and answers stay token ids."""
+    """The part of a tokenizer that its scheduler uses: prompts and answers stay token ids."""
 
     eos_token_id = None
 
@@ -38,7 +38,7 @@ class NoTokenizer:
 
 
 def scale_weights(engine: Any, weight: Any) -> None:
-    """Let its dummy weights be small random numbers."""
+    """Make its dummy weights small random numbers."""
     make_state, pinned = engine._make_dummy_weight_state_dict, weight.alloc_pinned_tensor
 
     def state(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
@@ -61,13 +61,13 @@ def scale_weights(engine: Any, weight: Any) -> None:
 
 
 def free_of(limit: int, device: torch.device) -> int:
-    """Bytes that would be free on a card of `limit` bytes."""
+    """Bytes that would be free on a GPU of `limit` bytes."""
     free, total = torch.cuda.mem_get_info(device)
     return max(0, limit - (total - free))
 
 
 def checkpoint_of(shape: str, folder: Path) -> None:
-    """Write what it reads of a checkpoint: its configuration."""
+    """Write the part of a checkpoint that it reads: its configuration."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     config = shape_config(shape)
@@ -81,7 +81,7 @@ def main() -> None:
     flags.add_argument("--checkout", type=Path, required=True)
     flags.add_argument("--moe-backend", default="auto", help="auto, offload, hybrid or cpu")
     options = flags.parse_args()
-    task = task_of(options, enforce=False)  # its engine wants to be the first to touch CUDA
+    task = task_of(options, enforce=False)  # its engine must be the first to initialize CUDA
     if not torch.cuda.is_available():
         raise SystemExit("FreeToken needs a CUDA device")
     if task.cut is not None:
@@ -122,7 +122,7 @@ def main() -> None:
         made = [len(each["token_ids"]) for each in done]
         assert made == [tokens] * len(prompts), made
 
-    others = task.load.prompts(config.model_config.vocab_size, seed=1)[:seats]  # it remembers prefixes
+    others = task.load.prompts(config.model_config.vocab_size, seed=1)[:seats]  # it caches prefixes
     generate(others, 2)
     print("warm", flush=True)
     count = math.ceil(requests / seats)

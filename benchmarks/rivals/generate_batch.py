@@ -1,8 +1,8 @@
-"""Continuous batching of `transformers`, the loop of its `generate_batch`: a model that fits the card, whole.
+"""Continuous batching of `transformers`, by the loop of its `generate_batch`: a model that fits on the GPU.
 
-It takes the card's free memory for its keys and values and runs all requests to their end, after a rehearsal of two
-tokens each: nothing is limited or projected. Its attention is FlashAttention where that package is installed, and
-`sdpa` elsewhere; the result tells which it was. Not every family has it: OPT does not in version 5.24.
+It uses the GPU's free memory for keys and values and runs all requests to their end, after a rehearsal of two tokens
+each: nothing is limited or projected. Its attention is FlashAttention if that package is installed, else `sdpa`; the
+result says which. Not every family supports it: OPT does not in version 5.24.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> None:
     setup_s = time.perf_counter() - start
     requests = len(task.prompts)
     continuous(model, task.prompts, [2] * requests, math.inf)
-    release()  # the next one takes what is free
+    release()  # the next one uses the free memory
     found = continuous(model, task.prompts, [task.load.new] * requests, math.inf)
     finish(task, found["seconds"], projected=False, setup_s=setup_s, attention=found["attention"])
 

@@ -1,4 +1,4 @@
-"""`generate` of a `transformers` model, batch after batch, timed, with what was not measured projected."""
+"""Times `generate` of a `transformers` model, batch after batch, and projects what was not measured."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from flexgen_helm.planning.dummy import shape_config
 
 
 def cache_row_bytes(config: dict[str, Any]) -> int:
-    """Bytes of a token's keys and values, all layers, in a 2-byte dtype."""
+    """Bytes of a token's keys and values in all layers, in a 2-byte dtype."""
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
     return 2 * 2 * int(config["num_hidden_layers"] * config.get("num_key_value_heads", heads) * head_dim)
 
 
 def work_row_bytes(config: dict[str, Any]) -> int:
-    """Temporaries of a prompt token inside a layer, about."""
+    """Approximate bytes of temporaries for a prompt token inside a layer."""
     inner = config.get("ffn_dim") or config.get("intermediate_size") or 4 * config["hidden_size"]
     return 2 * int(8 * config["hidden_size"] + 3 * inner)
 
 
 def sequence_bytes(task: Task) -> int:
-    """What one sequence of a batch takes on the card, about."""
+    """Approximate bytes of GPU memory for one sequence of a batch."""
     config = shape_config(task.shape)
     return (task.length + task.load.new) * cache_row_bytes(config) + task.length * work_row_bytes(config)
 
 
 def time_generate(model: Any, task: Task, batch_size: int, **kwargs: Any) -> tuple[float, dict[str, Any]]:
-    """Seconds for the whole workload, and how they were had; `kwargs` go to `generate`."""
+    """Seconds for the whole workload, and how they were obtained; `kwargs` go to `generate`."""
     prompts, new, where = task.prompts, task.load.new, device()
     cut = new - 1 if task.cut is None else min(task.cut, new - 1)
 
@@ -45,7 +45,7 @@ def time_generate(model: Any, task: Task, batch_size: int, **kwargs: Any) -> tup
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         assert sequences.shape == (len(batch), len(batch[0]) + tokens), sequences.shape
 
-    while True:  # warm: kernels are chosen, memory is claimed; an estimate that was too high is halved
+    while True:  # warm-up: kernels are chosen, memory is allocated; halves an estimate that was too high
         try:
             generate(prompts[:batch_size], 2)
             break

@@ -12,9 +12,9 @@ from engine.errors import EngineError
 
 
 def continuous(model: Any, prompts: list[list[int]], lengths: list[int], limit_s: float) -> dict[str, Any]:
-    """The loop of `generate_batch`; its graphs are captured before the clock starts.
+    """Run the loop of `generate_batch`; its graphs are captured before the clock starts.
 
-    After `limit_s` seconds it is stopped. Its rate is then that of the time in which most sequences run together.
+    It is stopped after `limit_s` seconds. Its rate is then that of the time in which most sequences run together.
     """
     from transformers import GenerationConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
@@ -54,9 +54,9 @@ def continuous(model: Any, prompts: list[list[int]], lengths: list[int], limit_s
 def batches(
     model: Any, prompts: list[list[int]], lengths: list[int], size: int, limit_s: float, cut: int
 ) -> dict[str, Any]:
-    """`generate`, batch by batch; those after `limit_s` seconds are projected by the steps that they take.
+    """Run `generate`, batch by batch; batches after `limit_s` seconds are projected from the steps that they take.
 
-    So are the steps of a batch after the first `cut` ones, though their contexts are longer.
+    The steps of a batch after the first `cut` ones are projected too, though their contexts are longer.
     """
 
     def generate(first: int, most: int) -> None:

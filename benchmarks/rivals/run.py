@@ -1,8 +1,8 @@
 """Rivals side by side: `python -m benchmarks.rivals.run --shape opt-30b --row 1x64x0+512:32 --gpu-memory 16GB`.
 
-Every contender is a process of its own, on the same random weights' shape, workload and memory limit; one that fails or
-takes too long is a row that says so. Published figures are quoted below the table, with their source; nothing of them
-was run here.
+Every contender is a process of its own, with random weights of the same shape, and the same workload and memory limit;
+for one that fails or takes too long, the row says so. Published figures are quoted below the table, with their source;
+they were not measured here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MODULES = {
 
 
 def command_of(contender: str, options: argparse.Namespace, out: Path) -> list[str]:
-    """The command line of a contender: "flexgen-helm", or one of `MODULES`, with further flags behind its name."""
+    """The command line of a contender, "flexgen-helm" or one of `MODULES`, with further flags after its name."""
     name, *flags = shlex.split(contender)
     limit = ["--gpu-memory", options.gpu_memory] if options.gpu_memory else []
     if name == "flexgen-helm":
@@ -50,7 +50,7 @@ def command_of(contender: str, options: argparse.Namespace, out: Path) -> list[s
 
 
 def run_contender(command: list[str], out: Path, limit_s: float) -> dict[str, Any]:
-    """Run one contender to its end, or for `limit_s` seconds; its result, or {"failed": one line}."""
+    """Run a contender to its end, or for `limit_s` seconds; returns its result, or {"failed": one line}."""
     start = time.perf_counter()
     lines: list[str] = []
     with tempfile.TemporaryFile("w+") as log:
@@ -62,7 +62,7 @@ def run_contender(command: list[str], out: Path, limit_s: float) -> dict[str, An
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             pass
-        finally:  # also where we are interrupted: it is in a session of its own
+        finally:  # also after an interrupt, because it has a session of its own
             if code is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -110,7 +110,7 @@ def table_line(contender: str, result: dict[str, Any]) -> str:
 
 
 def shape_of(shape: str) -> dict[str, Any]:
-    """What a record says of a shape: its name, and what is in its file if it is one."""
+    """What a record says about a shape: its name, and the content if it is a file."""
     file = Path(shape)
     return {"shape": file.stem, "changes": json.loads(file.read_text())} if file.is_file() else {"shape": shape}
 
@@ -138,7 +138,7 @@ def parse_flags(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run the contenders one after the other; the record is written anew after each."""
+    """Run the contenders one after the other; the record is written again after each."""
     options = parse_flags()
     shape = shape_of(options.shape)
     name = options.name or "-".join(filter(None, ("rivals", shape["shape"], options.gpu_memory)))

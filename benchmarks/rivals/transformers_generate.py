@@ -1,6 +1,6 @@
-"""Plain `transformers`: a model that fits the card, `generate` in batches as large as fit.
+"""Plain `transformers`: a model that fits on the GPU, `generate` in batches as large as fit.
 
-With `--batch-size 1`, one request at a time, as HELM's own Hugging Face client asks for them (with scores).
+With `--batch-size 1`, one request at a time, as HELM's own Hugging Face client runs them (with scores).
 """
 
 from __future__ import annotations

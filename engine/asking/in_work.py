@@ -1,4 +1,4 @@
-"""Whose the jobs are that are in work, and who is told what of them."""
+"""Maps the jobs in progress to the calls that they belong to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from engine.job import Completion
 
 
 class InWork:
-    """What of which call is in work, by the identity of whatever stands for a job there."""
+    """The jobs in progress, by `id()` of the object that represents a job in the engine."""
 
     def __init__(self) -> None:
         self._owner: dict[int, tuple[Call, int]] = {}
-        """Its call and its position there."""
+        """The call of each job, and the job's position in the call."""
         self._to_enter: set[int] = set()
-        """Of those whose caller wants to know when they are first computed, which have not been yet."""
+        """Jobs not yet computed whose caller is to be told when they are."""
 
     def __len__(self) -> int:
         return len(self._owner)
@@ -25,22 +25,22 @@ class InWork:
         return id(running) in self._owner
 
     def add(self, call: Call, running: Mapping[int, Any]) -> None:
-        """Take in what stands for jobs of a call, by their positions there."""
+        """Add the objects that represent jobs of a call, by the jobs' positions in the call."""
         self._owner.update({id(each): (call, index) for index, each in running.items()})
         if call.entered is not None:
             self._to_enter.update(map(id, running.values()))
 
     def forget(self, running: object) -> tuple[Call, int]:
-        """Have it no longer in work; whose it was."""
+        """Remove a job that is no longer in progress; returns its call and position."""
         self._to_enter.discard(id(running))
         return self._owner.pop(id(running))
 
     def calls(self) -> list[Call]:
-        """Those of which anything is in work."""
+        """The calls with jobs in progress."""
         return list({id(call): call for call, _ in self._owner.values()}.values())
 
     def tell_entered(self, running: Iterable[object]) -> None:
-        """Tell callers who want to know it which of their jobs are about to be computed for the first time."""
+        """Tell callers which of their jobs are about to be computed for the first time, if they asked for that."""
         if not self._to_enter:
             return
         new: dict[int, tuple[Call, list[int]]] = {}
@@ -54,7 +54,7 @@ class InWork:
             call.entered(indices)
 
     def deliver(self, done: Iterable[tuple[object, Completion]]) -> None:
-        """Give callers the completions of what has ended."""
+        """Deliver the completions of jobs that have ended to their callers."""
         finished: dict[int, tuple[Call, Finished]] = {}
         for each, completion in done:
             call, index = self.forget(each)

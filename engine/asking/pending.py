@@ -30,7 +30,7 @@ class Call:
     """A callback that gets the positions of jobs whose first sweep is about to begin; it neither blocks nor raises."""
 
     def begin(self, positions: list[int]) -> None:
-        """Tell whoever wants to know that the first sweep of these jobs is about to begin."""
+        """Call `entered`, if it is set, for jobs whose first sweep is about to begin."""
         if self.entered is not None:
             self.entered(positions)
 
@@ -79,7 +79,7 @@ class Pending(Iterator[Finished]):
         if not self._is_closed:
             self._is_closed = True
             self._abandon(self.call)
-            self._results.put([])  # whoever waits for the next result in another thread would wait for ever
+            self._results.put([])  # otherwise another thread that waits for the next result would wait for ever
 
     def __del__(self) -> None:
         self.close()

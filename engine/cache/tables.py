@@ -130,9 +130,9 @@ class Tables:
         return self._free_rows[tier].capacity
 
     def be(self, tier: Tier, num_rows: int) -> None:
-        """Have so many rows on a tier, where somebody else gives them out; what is there is lost if they become fewer.
+        """Resize a tier to as many rows, as another stage has allocated them; rows beyond the new size are lost.
 
-        Raises `CapacityError` where there is no memory for them.
+        Raises `CapacityError` if there is no memory for them.
         """
         if num_rows < self.num_rows(tier):
             self.release(tier)

@@ -39,7 +39,7 @@ def split_revision(model: str) -> tuple[str, str | None]:
     """
     repository, at, revision = model.partition("@")
     if at and not revision:
-        raise CheckpointError(f"model {shown(model)} ends with @; write a branch, a tag or a commit behind it")
+        raise CheckpointError(f"model {shown(model)} ends with @; write a branch, a tag or a commit after it")
     return repository, revision or None
 
 
@@ -115,7 +115,7 @@ def _from_hub(model: str, *, weights: bool) -> Path:
         if cached is None:
             raise CheckpointError(why) from None
         path = _whole_in_cache(model, cached, why) if weights else cached
-        _log.warning("flexgen-helm: %s; running what the local hub cache has of it", why)
+        _log.warning("flexgen-helm: %s; using the files in the local hub cache", why)
         return path
 
 
@@ -230,7 +230,7 @@ def _why(model: str, error: Exception) -> str:
         )
     if isinstance(error, ValueError | KeyError | TypeError | AttributeError | AssertionError):
         return (
-            f"the hub {hub} answers for model {model!r} with something else than a hub does ("
+            f"the hub {hub} answers for model {model!r} in an unknown way ("
             f"{named(error)}); check HF_ENDPOINT, and whether a proxy asks to log in"
         )
     if isinstance(error, RuntimeError) or type(error).__name__ == "XetDownloadError":  # hf_xet raises both

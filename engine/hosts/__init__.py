@@ -1,5 +1,5 @@
-"""An engine on many hosts, asked as one in this process is: who has which jobs, and what follows when a host is lost.
+"""An engine on many hosts, with the interface of an engine in this process: leases of jobs, and recovery of lost hosts.
 
-Imports `workers`, whose ledger, messages and packing it uses, `asking` for what an engine offers, and `checkpoint` for
-what tells whether two hosts have the same model. How messages travel is the business of whoever implements `Host`.
+It imports `workers` for the ledger, messages and packing, `asking` for the interface of an engine, and `checkpoint` for
+the identity that tells whether two hosts have the same model. How messages travel is left to implementations of `Host`.
 """

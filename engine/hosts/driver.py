@@ -1,4 +1,4 @@
-"""Who of many hosts has which jobs: handed out as hosts need work, and again when a host is lost."""
+"""The driver of many hosts: leases jobs to hosts as they need work, and leases them again when a host is lost."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ from engine.workers.packing import PackedJobs
 _log = logging.getLogger(__name__)
 
 SILENCE_S = 60.0
-"""Without a message, after which a host is taken for lost: what it had is asked elsewhere."""
+"""Seconds without a message after which a host counts as lost, and its jobs go to other hosts."""
 _STRIKES = 5
-"""Losses of hosts that a job took part in until it is suspected. A host finds by itself the job that ends its engine;
-what takes a whole host is its power, its owner or its network, and hardly ever a job."""
+"""Losses of hosts that a job takes part in before it is suspected of causing them. A host itself isolates a job that
+ends its engine; a whole host is lost through power, preemption or network failures, and hardly ever through a job.
+"""
 _LOOK_S = 2.0
-"""How often it is looked for silent hosts, at least."""
+"""Longest interval, in seconds, between two checks for silent hosts."""
 
 
 class Driver:
-    """Hands jobs to hosts, which come and go at any time, until all are answered.
+    """Leases jobs to hosts, which may join and leave at any time, until all jobs are answered.
 
-    A host has a part of the jobs on lease: as many as its next sweeps take, until it dies, leaves, or has been silent
-    for too long. Each job's first answer counts. Hosts whose model, settings or versions are other than the driver's
-    are refused by name.
+    A host leases as many jobs as its next sweeps take; the lease ends when the host dies, leaves, or is silent for too
+    long. The first answer to each job counts. Hosts whose model, settings or versions differ from the driver's are
+    refused, with the difference named.
     """
 
     def __init__(
@@ -51,14 +52,14 @@ class Driver:
         silence_s: float = SILENCE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Have every host that `supply` brings open what `opening` says; returns at once.
+        """Have every host that `supply` brings open the model of `opening`; returns at once.
 
-        `expected` is what every host must have; `trust` tells of the weights. `observe` is called after each sweep
-        with the device's name as "host/device", in a thread of the host's, before completions are delivered. A host
-        that says nothing for `silence_s` seconds of `clock` is lost.
+        `expected` is what every host must have in common with the driver; `trust` supplies the digest of the weights.
+        `observe` is called after each sweep, before its completions are delivered, in a thread of the host, with the
+        device named "host/device". A host that sends nothing for `silence_s` seconds of `clock` is lost.
         """
-        self.deaths: list[str] = []  # how hosts were lost
-        self.given_up: dict[str, str] = {}  # hosts in whose place no other one comes, and why
+        self.deaths: list[str] = []  # how each host was lost
+        self.given_up: dict[str, str] = {}  # hosts that are not replaced: name -> why
         self._opening, self._supply, self._observe = opening, supply, observe
         self._expected, self._silence_s, self._clock = expected, silence_s, clock
         self._changed = threading.Condition(threading.RLock())
@@ -76,10 +77,10 @@ class Driver:
         supply.begin(self.join, self.fail)
         threading.Thread(target=self._watch, name="flexgen-hosts", daemon=True).start()
 
-    # For those who ask
+    # Called by the engine
 
     def wait_until_open(self) -> HostOpened:
-        """What the first host that is open has told; waits for it. Raises why there will be none."""
+        """Wait until a host has opened the model; returns what that host reported, or raises why none will."""
         with self._changed:
             while self._opened is None:
                 self._check_serving()
@@ -88,19 +89,19 @@ class Driver:
 
     @property
     def hosts(self) -> tuple[tuple[str, HostOpened], ...]:
-        """The names of the hosts that are open now, with what they have told of their engines."""
+        """The hosts that are open now: their names and what they reported about their engines."""
         with self._changed:
             return tuple((each.host.name, each.opened) for each in self._hosts.values() if each.opened is not None)
 
     def submit(self, call: Call) -> None:
-        """Take in a call, whose `left` are jobs; raises the fault that ended the driver, or that it is closed."""
+        """Accept a call, whose jobs are in `left`; raises the driver's error if it has failed or is closed."""
         with self._changed:
             self._check_serving()
             self._ledger.add(call, call.left)
             self._feed(self._hosts.values())
 
     def abandon(self, call: Call) -> None:
-        """Drop what of a call has not ended."""
+        """Cancel everything unfinished of a call."""
         with self._changed:
             call_number = self._ledger.drop(call)
             if call_number is not None:
@@ -109,7 +110,7 @@ class Driver:
                 self._feed(self._hosts.values())
 
     def close(self, wait_s: float = 300.0) -> None:
-        """Let hosts end after the sweep at hand, whose completions are delivered; waiting calls fail."""
+        """Let hosts end after the current sweep, whose completions are delivered; calls that still wait fail."""
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
@@ -125,16 +126,16 @@ class Driver:
         self.fail(EngineError("the engine was closed while this job was waiting"))
 
     def trust(self, digest: str | None) -> None:
-        """Take in the digest of the driver's weights: hosts with others are refused, the others' answers used."""
+        """Set the digest of the driver's weights; then refuse hosts with other weights, and use the others' answers."""
         with self._changed:
             self._digest, self._is_digested = digest, True
             for each in list(self._hosts.values()):
                 self._compare(each)
 
-    # For those who bring hosts
+    # Called by the supply of hosts
 
     def join(self, host: Host) -> None:
-        """Take in another host, at any time."""
+        """Add a host; may be called at any time."""
         with self._changed:
             if self._is_closing or self._fault is not None:
                 host.kill()
@@ -145,7 +146,7 @@ class Driver:
         host.open(self._opening, partial(self._take, standing), partial(self._ended, standing))
 
     def fail(self, fault: BaseException) -> None:
-        """Tell everybody who waits that there is nothing more to come."""
+        """Fail all calls that are waiting; the driver accepts no more."""
         with self._changed:
             self._fault = self._fault or fault
             calls = self._ledger.clear()
@@ -154,11 +155,11 @@ class Driver:
             call.put(fault)
 
     def look(self) -> None:
-        """Let go of hosts that have been silent for too long; called every few seconds."""
+        """Give up hosts that have been silent for too long; called every few seconds."""
         with self._changed:
             now, before = self._clock(), self._last_look
             self._last_look = now
-            if now - before > self._silence_s / 2:  # it was this process that slept
+            if now - before > self._silence_s / 2:  # this process itself was suspended
                 for each in self._hosts.values():
                     each.last_heard = now
             for each in list(self._hosts.values()):
@@ -171,18 +172,18 @@ class Driver:
                 self._changed.wait(_LOOK_S)
                 self.look()
 
-    # What hosts tell, in whatever thread
+    # Messages of hosts, in any thread
 
     def _take(self, host: Standing, told: HostTells) -> None:
         if isinstance(told, HostSwept):
             name = f"{host.host.name}/{told.timing.device}"
             try:
                 self._observe(replace(told.timing, begun=time.perf_counter() - told.ago_s, device=name))
-            except Exception as error:  # nobody would hear the host any more
+            except Exception as error:  # else nobody would read the host's messages
                 self.fail(EngineError(f"the observer of sweeps failed: {named(error)}"))
         with self._changed:
             if host.number not in self._hosts:
-                return  # it was let go of
+                return  # it was given up
             host.last_heard = self._clock()
             if isinstance(told, Done):
                 if host.is_trusted:
@@ -220,7 +221,7 @@ class Driver:
         self._feed([host])
 
     def _compare(self, host: Standing) -> None:
-        """Use what a host answers if its weights are the driver's; refuse it if they are not."""
+        """Use the answers of a host if its weights are the driver's; refuse the host if they are not."""
         if not (host.has_vouched and self._is_digested) or host.is_trusted:
             return
         if (why := why_other_weights(self._digest, host.digest)) is not None:
@@ -236,12 +237,12 @@ class Driver:
         host.last_words = one_line(error)
         if isinstance(error, EngineError) and type(error) not in (EngineError, CapacityError):
             self._lose(host, "refused", host.last_words)  # raised on purpose: another process there would say the same
-        else:  # room may still be taken by a process that has just ended there
+        else:  # a process that has just ended there may still hold memory
             self._lose(host, "died", host.last_words)
 
     def _note(self, host: Standing, note: Note) -> None:
         if note.level >= logging.WARNING and note.text not in self._told:
-            self._told.add(note.text)  # what all of them say is told once
+            self._told.add(note.text)  # what all hosts log is logged once
             logging.getLogger(note.logger or __name__).log(note.level, "%s: %s", host.host.name, note.text)
 
     def _ended(self, host: Standing, how: str) -> None:
@@ -249,7 +250,7 @@ class Driver:
             if host.number in self._hosts:
                 self._lose(host, "left" if host.is_leaving else "died", host.last_words or how)
 
-    # What follows
+    # Consequences
 
     def _check_serving(self) -> None:
         if self._fault is not None:
@@ -258,7 +259,7 @@ class Driver:
             raise EngineError("the engine is closed")
 
     def _feed(self, hosts: Iterable[Standing]) -> None:
-        """Give hosts what they may compute now; the lock is held."""
+        """Lease jobs to hosts that need some; the lock is held."""
         able = {each.number: each for each in hosts if each.may_be_asked and each.number in self._hosts}
         if self._fault is None and able and not self._is_closing:
             for number, asked in self._ledger.to_send({number: each.room for number, each in able.items()}).items():
@@ -270,13 +271,13 @@ class Driver:
             call.put(results)
 
     def _part(self, host: Standing) -> None:
-        """Let a host end after the sweep at hand."""
+        """Let a host end after the current sweep."""
         if not host.is_leaving:
             host.is_leaving = True
             host.host.leave()
 
     def _lose(self, host: Standing, kind: LossKind, why: str) -> None:
-        """Go on without a host: others are asked what it had not answered."""
+        """Continue without a host: its unanswered jobs go to the others."""
         del self._hosts[host.number]
         host.host.kill()
         failed = self._ledger.died([host.number], is_job_at_fault=kind == "died")

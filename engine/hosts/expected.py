@@ -1,4 +1,4 @@
-"""What every host must have in common with the driver, so that it does not matter which of them answers (pure)."""
+"""What every host must have in common with the driver, so that all give the same answers (pure)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from engine.hosts.messages import HostOpened
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What the driver has, but for the digest of its weights."""
+    """What the driver has, except for the digest of its weights."""
 
     identity: Identity
-    """`identity_beside_weights` of model and policy there."""
+    """The `identity_beside_weights` of the driver's model and policy."""
     versions: Mapping[str, str]
-    """Of what is to be the same everywhere, by name."""
+    """Versions that must be equal everywhere, by package or program name."""
 
     def why_refused(self, told: HostOpened) -> str | None:
-        """Why a host cannot answer as the driver would, with both values; None where nothing speaks against it."""
+        """Why a host cannot give the driver's answers, with both values; None if it can."""
         if (why := why_other_versions(self.versions, told.versions)) is not None:
             return why
         if told.identity != self.identity:
@@ -31,7 +31,7 @@ class Expected:
 
 
 def why_other_weights(own: str | None, there: str | None) -> str | None:
-    """Why a host with weights of this digest is refused; None where it is the driver's."""
+    """Why a host with weights of this digest is refused; None if the digest is the driver's."""
     if own == there:
         return None
     digests = f"sha256 {str(own)[:12]} at the driver, {str(there)[:12]} there"
@@ -39,7 +39,7 @@ def why_other_weights(own: str | None, there: str | None) -> str | None:
 
 
 def why_other_versions(own: Mapping[str, str], there: Mapping[str, str]) -> str | None:
-    """Why a host with these versions is refused, by name; None where they are the driver's."""
+    """Why a host with these versions is refused, with both values; None if they are the driver's."""
     others = [
         f"{name} {there.get(name, 'none')} (the driver has {own.get(name, 'none')})"
         for name in sorted({*own, *there})

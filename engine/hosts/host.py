@@ -1,4 +1,4 @@
-"""A host that runs an engine somewhere, as the driver sees it, and where such hosts come from."""
+"""The driver's interface to a host that runs an engine, and to a source of hosts."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from engine.workers.packing import PackedJobs
 
 
 class Host(Protocol):
-    """An engine on some machine, asked by messages. No method waits for the other end, and none fails."""
+    """An engine on another machine, controlled by messages. No method waits for the host, and none raises."""
 
     name: str
-    """A word of its own among all hosts; one that comes in place of a lost one may have the same."""
+    """A name that no other host has at the same time; the replacement of a lost host may have the same."""
 
     def open(self, opening: Opening, tell: Callable[[HostTells], None], ended: Callable[[str], None]) -> None:
-        """Begin to open the model; the first thing that is asked.
+        """Begin to open the model; called first, and once.
 
-        From then on `tell` hears each message in its order, and `ended` at last, once, how it has ended, in whatever
-        thread. There is a message (`Alive` if no other) every few seconds, else the host is taken for lost.
+        From then on `tell` gets every message in order, and at last `ended`, once, how the host ended, in any thread. A
+        host sends a message (`Alive` if nothing else) every few seconds, else it counts as lost.
         """
 
     def ask(self, call: int, jobs: PackedJobs) -> None:
-        """Run jobs of a call, which has this number."""
+        """Run jobs of the call that has this number."""
 
     def drop(self, call: int) -> None:
-        """Drop what of a call has not ended."""
+        """Cancel everything unfinished of a call."""
 
     def leave(self) -> None:
-        """End after the sweep at hand, whose completions are told."""
+        """End after the current sweep, whose completions are still sent."""
 
     def kill(self) -> None:
-        """End at once, unless it has ended; nothing that it tells is heard any more."""
+        """End at once, unless it has ended; its further messages are dropped."""
 
 
 LossKind = Literal["died", "refused", "left"]
-"""By itself or by silence; because it cannot answer as the driver would; with notice."""
+"""died: by itself, or silent for too long; refused: it cannot give the driver's answers; left: with notice."""
 
 _TOLD = {"died": "is lost", "refused": "is refused", "left": "has left"}
 
@@ -50,26 +50,26 @@ class Loss:
     kind: LossKind
     why: str
     has_swept: bool
-    """Whether a sweep had ended there."""
+    """Whether the host had completed a sweep."""
 
     def told(self, *, is_replaced: bool) -> str:
-        """What a log says of it behind the host's name."""
+        """The words that a log message has after the host's name."""
         follows = "another one is started in its place" if is_replaced else "the others go on"
         return f"{_TOLD[self.kind]} ({self.why}); what it had not answered is asked again; {follows}"
 
 
 class Supply(Protocol):
-    """Where hosts come from."""
+    """A source of hosts."""
 
     def begin(self, join: Callable[[Host], None], fail: Callable[[EngineError], None]) -> None:
         """Begin to bring hosts; returns at once.
 
-        `join` takes one in at any time, from any thread, also within `lost`. `fail` says that none is there and that
-        none will come.
+        `join` adds a host; it may be called at any time, from any thread, also within `lost`. `fail` is called when
+        there are no hosts and none will come.
         """
 
     def lost(self, host: Host, loss: Loss) -> bool:
-        """Take in that a host is lost; whether another one comes in its place."""
+        """Handle the loss of a host; returns whether another one replaces it."""
 
     def close(self) -> None:
-        """Bring no more, and give everything back; all hosts have ended."""
+        """Bring no more hosts and release all resources; all hosts have ended."""

@@ -1,4 +1,4 @@
-"""An engine on many hosts, asked as one in this process is."""
+"""An engine on many hosts, with the interface of an engine in this process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class HostsEngine(Front):
-    """Runs jobs as `engine.Engine` does, on hosts that come and go (see `Driver`).
+    """Runs jobs like `engine.Engine`, on hosts that join and leave (see `Driver`).
 
     Safe to use from several threads; a context manager.
     """
@@ -33,15 +33,16 @@ class HostsEngine(Front):
     def __init__(
         self, opening: Opening, supply: Supply, expected: Expected, *, path: str, digest: Callable[[], str | None]
     ) -> None:
-        """Open a model on the hosts that `supply` brings; returns when the first one has it open, and raises why none.
+        """Open a model on the hosts of `supply`; returns when the first host has opened it, or raises why none has.
 
-        `path` is the model's directory here; `digest` finds that of its weight files, in a thread of its own.
+        `path` is the model's directory on this machine; `digest` computes the digest of its weight files, in a thread
+        of its own.
         """
         self.policy = opening.policy
         self.observer: Callable[[SweepTiming], None] | None = None
-        """Called after each sweep, before its completions are delivered, in a thread of a host; one at a time."""
+        """Called after each sweep, before its completions are delivered, in a thread of a host; never concurrently."""
         self.num_sweeps = 0
-        """Passes over the weights so far, of all hosts."""
+        """Sweeps so far, of all hosts together."""
         self._observing = threading.Lock()
         self._path = path
         self._digest: str | None = None
@@ -57,69 +58,69 @@ class HostsEngine(Front):
 
     @property
     def parts(self) -> Any:
-        """Raises `UnsupportedError`: they are on other hosts."""
+        """Raises `UnsupportedError`: the parts are on other hosts."""
         raise UnsupportedError("an engine on other hosts has no parts here; open the model on one device")
 
     @property
     def opened(self) -> HostOpened:
-        """What the first host has told of its engine."""
+        """What the first host has reported about its engine."""
         return self._opened
 
     @property
     def hosts(self) -> tuple[tuple[str, HostOpened], ...]:
-        """The names of the hosts that are open now, with what they have told."""
+        """The hosts that are open now: their names and what they have reported."""
         return self._driver.hosts
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The names of the devices that it computes on now, as "host/device"."""
+        """The names of the devices in use, as "host/device"."""
         return tuple(f"{name}/{device}" for name, opened in self.hosts for device in opened.devices)
 
     @property
     def sweep(self) -> Room:
-        """What a sweep takes of the host where it takes least."""
+        """The work that fills a sweep of the smallest host."""
         sweeps = [opened.sweep for _, opened in self.hosts] or [self._opened.sweep]
         return Room(rows=min(each.rows for each in sweeps), jobs=min(each.jobs for each in sweeps))
 
     @property
     def window(self) -> int | None:
-        """Most positions of a sequence; None when the model sets no limit."""
+        """Most positions of a sequence; None if the model sets no limit."""
         return self._opened.window
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """Number of token ids."""
         return self._opened.vocab_size
 
     @property
     def pad_token(self) -> int:
-        """The token that rows are filled up with: the model's, else its end-of-text."""
+        """The padding token: the model's, else its end-of-text token."""
         return self._opened.pad_token
 
     @property
     def plans(self) -> Mapping[str, Plan]:
-        """Where everything lies, on each device of each host that is open now, by the host's name."""
+        """The plan of each device's placement, by name of the hosts that are open now."""
         return {name: opened.plan for name, opened in self.hosts if opened.plan is not None}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        from engine.checkpoint.tokenizer import load_tokenizer  # and transformers, which few need here
+        """The model's tokenizer."""
+        from engine.checkpoint.tokenizer import load_tokenizer  # it imports transformers, which few callers need
 
         return load_tokenizer(Path(self._path))
 
     @property
     def deaths(self) -> Sequence[str]:
-        """How hosts were lost."""
+        """How each host was lost."""
         return tuple(self._driver.deaths)
 
     @property
     def given_up(self) -> Mapping[str, str]:
-        """Hosts in whose place no other one comes, by name, and why."""
+        """Hosts that are not replaced: name -> why."""
         return dict(self._driver.given_up)
 
     def weights_digest(self) -> str | None:
-        """As `Engine.weights_digest`: of the weights here, which are those of every host that answers."""
+        """See `Engine.weights_digest`; the weights of this machine, which every host that answers has too."""
         self._digesting.join()
         if self._digest_error is not None:
             raise self._digest_error.with_traceback(None)
@@ -131,11 +132,11 @@ class HostsEngine(Front):
         completions: Sequence[Completion],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Any:
-        """Raises `UnsupportedError`: comparing with stock layers takes the whole model in one process."""
+        """Raises `UnsupportedError`: comparing with stock layers needs the whole model in one process."""
         raise UnsupportedError("comparing with stock layers needs the model on this machine; leave --ray out")
 
     def close(self) -> None:
-        """End the hosts after the sweep at hand, whose completions are delivered; waiting calls fail."""
+        """End the hosts after the current sweep, whose completions are delivered; calls that still wait fail."""
         self._driver.close()
 
     def _find_digest(self, digest: Callable[[], str | None]) -> None:

@@ -1,4 +1,4 @@
-"""What a host is told, and what it tells, beside what an engine's process does."""
+"""The messages between a driver and its hosts, in addition to those of worker processes."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from engine.workers.packing import PackedJobs
 
 @dataclass(frozen=True, kw_only=True)
 class Opening:
-    """Open this model, under a policy that each host completes for its own machine."""
+    """Opens a model under a policy, whose `auto` parts each host decides for its own machine."""
 
     model: str
-    """A hub id, or a directory that every host has under this name."""
+    """A hub id, or a directory that exists under this name on every host."""
     policy: Policy
     window: int | None = None
-    """Most positions of a sequence, in place of what the model's files tell."""
+    """Most positions of a sequence, overriding the model's configuration."""
     jobs: PackedJobs
-    """Some of those that will be asked, for policies that are chosen by them."""
+    """A sample of the jobs to come, for policies that are chosen by them."""
     share: float = 1.0
-    """What part of a host's work `jobs` are, about."""
+    """The size of `jobs` as a part of one host's work, roughly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostOpened:
-    """The model is open there; its weights may still be read."""
+    """Says that the model is open on the host; its weights may still be loading."""
 
     devices: tuple[str, ...]
-    """That the host computes on, by the names that its timings have."""
+    """The devices that the host computes on, named as in its sweeps' timings."""
     versions: Mapping[str, str]
-    """Of what must be the same everywhere, by name."""
+    """Versions that must be equal everywhere, by package or program name."""
     identity: Mapping[str, str | int | None]
-    """What of model and policy can change a result, but for the weights."""
+    """Everything of the model and policy that can change a result, except for the weights."""
     window: int | None
     vocab_size: int
     pad_token: int
     sweep: Room
-    """What a sweep of all its devices takes."""
+    """The work that fills a sweep of all the host's devices."""
     plan: Plan | None = None
-    """Of each of its devices."""
+    """The plan of each of its devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vouched:
-    """The digest of the host's weight files; None where its weights come from no files.
+    """The digest of the host's weight files; None if its weights come from no files.
 
-    Completions that it tells before this are not used before it.
+    The driver uses none of the host's completions before it has this message.
     """
 
     digest: str | None
@@ -59,24 +59,24 @@ class Vouched:
 
 @dataclass(frozen=True, kw_only=True)
 class HostSwept:
-    """A sweep has ended there."""
+    """Says that a sweep has ended on the host."""
 
     timing: SweepTiming
-    """Its `begun` means nothing elsewhere."""
+    """The sweep's times; `begun` is a reading of the host's own clock."""
     ago_s: float
-    """Since the sweep was begun to be put together."""
+    """Seconds since the host began to schedule the sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaving:
-    """The host gets nothing more: it tells what the sweep at hand completes, and ends."""
+    """Says that the host takes no more jobs: it completes the current sweep and ends."""
 
     why: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alive:
-    """The host is there; told when there is nothing else to tell."""
+    """Says that the host is alive; sent when there is nothing else to send."""
 
 
 HostTells = HostOpened | Vouched | HostSwept | Leaving | Alive | Entered | Done | Note | Fault

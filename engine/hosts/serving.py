@@ -1,4 +1,4 @@
-"""A host's end of the line to the driver: an engine that is opened, asked, and tells what becomes of jobs."""
+"""The host's end of the connection to the driver: opens an engine, runs the driver's jobs, and reports completions."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from engine.workers.packing import PackedJobs
 
 
 class HostEngine(Asked, Protocol):
-    """What is needed of `engine.workers.remote_engine.RemoteEngine`."""
+    """The part of the interface of `engine.workers.remote_engine.RemoteEngine` that `Serving` uses."""
 
     observer: Callable[[SweepTiming], None] | None
 
     def weights_digest(self) -> str | None:
-        """The digest of the weight files once it has read them all."""
+        """The digest of the weight files, once all are read."""
 
     def close(self) -> None:
-        """End after the sweep at hand, whose completions are delivered."""
+        """End after the current sweep, whose completions are delivered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,22 +35,22 @@ class Running:
 
     engine: HostEngine
     opened: HostOpened
-    """What the driver is told of it."""
+    """What the driver is told about the engine."""
     check: Callable[[], None]
-    """Raises `EngineError` if its weights were overwritten since it was opened."""
+    """Raises `EngineError` if the weight files have been overwritten since the engine was opened."""
 
 
 class Serving:
-    """Opens what it is told to and serves it. No method waits for the engine, but for `leave`."""
+    """Opens the model of an `Opening` and serves it. No method but `leave` waits for the engine."""
 
     def __init__(self, open_engine: Callable[[Opening], Running], tell: Callable[[HostTells], None]) -> None:
-        """`open_engine` may take its time; `tell` takes each message, from any thread, and does not wait."""
+        """`open_engine` may take long; `tell` sends a message; it is called from any thread and does not wait."""
         self._open_engine, self._tell = open_engine, tell
         self._running: Running | None = None
         self._answering = Answering(self._tell_done, tell, self._fail)
 
     def open(self, opening: Opening) -> None:
-        """Open a model, in a thread of its own."""
+        """Open a model, in a new thread."""
         threading.Thread(target=self._open, args=(opening,), name="flexgen-open", daemon=True).start()
 
     def ask(self, call: int, jobs: PackedJobs) -> None:
@@ -59,11 +59,11 @@ class Serving:
         self._answering.ask(self._running.engine, call, jobs)
 
     def drop(self, call: int) -> None:
-        """Drop what of a call has not ended."""
+        """Cancel everything unfinished of a call."""
         self._answering.drop(call)
 
     def leave(self) -> None:
-        """End after the sweep at hand; returns when all that it completed is told."""
+        """End after the current sweep; returns when all its completions have been sent."""
         self._answering.end()
         if self._running is not None:
             self._running.engine.close()
@@ -90,7 +90,7 @@ class Serving:
         assert self._running is not None
         try:
             self._running.check()
-        except EngineError as error:  # what was computed may be of other weights
+        except EngineError as error:  # the answers may come from other weights
             self._fail(error)
         else:
             self._tell(done)

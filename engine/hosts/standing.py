@@ -1,4 +1,4 @@
-"""What the driver knows of a host."""
+"""The driver's record of a host."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from engine.workers.handing_out.sharing_out import Room
 from engine.workers.packing import PackedCompletions
 
 SWEEPS_AHEAD = 2
-"""That a host is given work for: the one after the next is there when the next begins, and so are its prefixes."""
+"""Sweeps for which a host is given work in advance, so that the next one can start, and its prefixes are known."""
 
 
 class Standing:
-    """A host among those of a driver, which holds its lock whenever it uses this."""
+    """A host and its state. Not thread-safe: the driver holds its lock during each use."""
 
     def __init__(self, number: int, host: Host, now: float) -> None:
-        """`number`: that no other host has had."""
+        """`number`: one that no other host of the driver has had."""
         self.number = number
         self.host = host
         self.opened: HostOpened | None = None
         self.last_heard = now
         self.has_swept = False
         self.is_leaving = False
-        """Whether it gets nothing more."""
+        """Whether it gets no more jobs."""
         self.last_words = ""
-        """What it said of its end."""
+        """The error or reason that the host reported before it ended."""
         self.digest: str | None = None
-        """Of its weights, once it `has_vouched` for them."""
+        """The digest of its weights; valid once it `has_vouched` for them."""
         self.has_vouched = False
         self.is_trusted = False
         """Whether its weights are known to be the driver's."""
         self.unused: list[PackedCompletions] = []
-        """What it has told before that was known."""
+        """Completions that it sent before its weights were known."""
 
     @property
     def may_be_asked(self) -> bool:
-        """Whether it is open, and stays."""
+        """Whether it has opened the model and is not leaving."""
         return self.opened is not None and not self.is_leaving
 
     @property
     def room(self) -> Room:
-        """How much of what it has been given may wait for its next sweeps; only when it is open."""
+        """How much of the work sent to it may wait for its next sweeps; valid only when the model is open."""
         assert self.opened is not None
         sweep = self.opened.sweep
         return Room(rows=SWEEPS_AHEAD * sweep.rows, jobs=SWEEPS_AHEAD * sweep.jobs)

@@ -1,4 +1,4 @@
-"""Files that are replaced at once or not at all, whatever ends the process that writes them. Imports no torch."""
+"""Replaces files atomically, whatever ends the process that writes them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Let `path` hold `text`, which takes effect at once or not at all; raises `OSError`.
+    """Replace the content of `path` by `text`, atomically; raises `OSError`.
 
-    mode: of a file that is not there yet, of which the umask takes away.
+    mode: permissions of a file that does not exist yet, restricted by the umask.
 
-    It is written to `.NAME.partial` beside it. What a killed process has left there is written over by the next one,
-    rather than left behind; processes that replace the same file take turns.
+    The text is first written to `.NAME.partial` in the same directory. A partial file that a killed process has left is
+    overwritten by the next one; processes that replace the same file take turns.
     """
     partial = partial_of(path)
     with _held(partial, mode) as handle:
@@ -35,19 +35,19 @@ def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where a new content of `path` is written."""
+    """The file to which the new content of `path` is first written."""
     return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager
 def _held(partial: Path, mode: int) -> Iterator[int]:
-    """A handle of the file, locked against other processes that write it."""
+    """Open and lock the partial file, and yield its descriptor."""
     while True:
         handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise FileExistsError(errno.EEXIST, f"{partial} is no regular file")
-            with suppress(OSError):  # a file system without locks: as good as it gets there
+            with suppress(OSError):  # a file system without locks: writers may then interfere
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_named(handle, partial):
                 yield handle
@@ -57,7 +57,7 @@ def _held(partial: Path, mode: int) -> Iterator[int]:
 
 
 def _is_named(handle: int, partial: Path) -> bool:
-    """Whether the file that is open still has the name: who held it before has given it another one, or removed it."""
+    """Whether the open file still has its name: the previous holder of the lock may have renamed or removed it."""
     try:
         return os.path.samestat(os.fstat(handle), partial.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which consecutive layers each of several devices computes, where each has a stage of the model (pure)."""
+"""Chooses the consecutive layers of each pipeline stage (pure)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from engine.errors import ConfigError
 
 
 def cut_layers(layer_bytes: Sequence[int], head_bytes: int, count: int) -> list[range]:
-    """The layers of each of `count` stages, in their order, so that the largest one has the fewest bytes of weights.
+    """Divide the layers into `count` consecutive stages, such that the largest stage has as few bytes as possible.
 
-    A layer takes a device about as long as its bytes do to be read, and memory besides. The last stage has the head.
-    Raises `ConfigError` where there are fewer layers than stages.
+    A layer's bytes are roughly proportional to its time and memory. The last stage also has the head. Raises
+    `ConfigError` if there are fewer layers than stages.
     """
     if count > len(layer_bytes):
         raise ConfigError(f"stages: {count} are more than the model's {len(layer_bytes)} layers; set at most as many")
     ends = [0, *accumulate(layer_bytes)]
     total = len(layer_bytes)
-    # least[first]: of the largest stage, where `number` stages have the layers from `first` on; and where they are cut.
+    # least[first]: bytes of the largest of `number` stages over the layers from `first` on, and where they are cut.
     least: dict[int, tuple[int, tuple[int, ...]]] = {
         first: (ends[total] - ends[first] + head_bytes, (total,)) for first in range(total)
     }

@@ -1,4 +1,4 @@
-"""How a model is divided into stages, and the sizes that all of them are planned with."""
+"""The division of a model into stages, and the sizes that all stages are planned with."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from engine.stages.cut import cut_layers
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """A model's stages. All have the same plan, so that rows which one gives out are there with every other."""
+    """A model's stages. All have the same plan, so that cache rows allocated by one stage exist in every other."""
 
     layers: list[range]
-    """Of each stage."""
+    """The layers of each stage."""
     shape: ModelShape
-    """Of the largest."""
+    """The shape of the largest stage."""
     row_bytes: dict[Tier, int]
-    """What a token's keys and values take at most in a stage, by tier."""
+    """Bytes of a token's keys and values in the stage where they are largest, by tier."""
     slot_bytes: dict[Tier, int]
-    """What a sequence's states take at most in a stage."""
+    """Bytes of a sequence's states in the stage where they are largest, by tier."""
 
 
 def divide(model: CausalModel, shape: ModelShape, count: int, cache_codec: Codec | None) -> Division:
-    """Divide a model of this shape into `count` stages of about as many bytes of weights.
+    """Divide a model of this shape into `count` stages of similar weight bytes.
 
-    Raises `UnsupportedError` where layers hand on more than hidden states, which no stage sends to the next one, and
-    `ConfigError` where there are fewer layers than stages.
+    Raises `UnsupportedError` if layers pass on more than hidden states, because stages send each other only those, and
+    `ConfigError` if there are fewer layers than stages.
     """
     if model.sweeping.handed_row_bytes or model.sweeping.puts_down:
         raise UnsupportedError(
@@ -40,7 +40,7 @@ def divide(model: CausalModel, shape: ModelShape, count: int, cache_codec: Codec
         )
     *layer_bytes, head = shape.unit_bytes
     parts = cut_layers(layer_bytes, 0 if model.is_tied else head, count)
-    is_large = model.is_tied or head > max(layer_bytes)  # every stage has a tied one as its embedding
+    is_large = model.is_tied or head > max(layer_bytes)  # every stage has a tied head as its embedding
     units = [
         (*layer_bytes[part.start : part.stop], head if is_large or part.stop == len(layer_bytes) else 0)
         for part in parts

@@ -1,4 +1,4 @@
-"""A stage that does not lead: it computes what it is told, sweep by sweep."""
+"""A stage that does not lead: it computes the sweeps that the leading stage schedules."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from engine.weights.members.loader import Loader
 
 
 class Follows(Protocol):
-    """A lane of a stage."""
+    """The part of a lane's interface that a following stage uses."""
 
     def follow(self, told: Told) -> None:
         """Compute a sweep."""
 
 
 class Following:
-    """Computes sweeps that the stage which leads tells of; has the form of the loop that serves calls there."""
+    """Computes the sweeps that the leading stage schedules, in place of that stage's `SweepLoop`."""
 
     def __init__(self, line: StageLine, lanes: Sequence[Follows], loader: Loader, check: Callable[[], None]) -> None:
-        """loader: brings the weights. check: raises what has become wrong with them, after each sweep."""
+        """loader: loads the weights. check: called after each sweep; raises if the weight files have changed."""
         self._line, self._lanes, self._loader, self._check = line, lanes, loader, check
         self._has_ended = threading.Event()
         self._has_begun = False
         self._is_open = True
 
     def run(self) -> None:
-        """Follow until there is nothing more to compute; raises what goes wrong."""
+        """Compute sweeps until the leading stage ends; raises the error of a sweep."""
         self._has_begun = True
         try:
             while (numbers := self._line.hear()) is not None:
@@ -42,11 +42,11 @@ class Following:
             self._has_ended.set()
 
     def submit(self, call: Any) -> None:
-        """Raise `EngineError`: calls go to the stage that leads."""
+        """Raise `EngineError`: calls go to the leading stage."""
         raise EngineError("this process has some of the model's layers; ask the stage that has the last ones")
 
     def abandon(self, call: Any) -> None:
-        """There are no calls here."""
+        """Do nothing: there are no calls here."""
 
     @contextmanager
     def lend(self) -> Iterator[Any]:
@@ -55,7 +55,7 @@ class Following:
         yield
 
     def close(self) -> bool:
-        """Return when the stage that leads has ended, or gone; False if this was called before."""
+        """Return when the leading stage has ended or died; False if this was called before."""
         is_first, self._is_open = self._is_open, False
         if is_first:
             if self._has_begun:

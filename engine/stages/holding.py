@@ -1,4 +1,4 @@
-"""Lets a model be one of several stages: it has some consecutive layers, and the others are elsewhere."""
+"""Reduces a model to one stage: some consecutive layers, with the others in other processes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from engine.model.unit import Unit
 
 
 def hold(model: CausalModel, layers: range, path: Path) -> None:
-    """Let the model in directory `path` have weights, and keep keys, values and states, of `layers` alone.
+    """Reduce the model in directory `path` to the weights, keys, values and states of `layers`.
 
-    The head goes with the last layer. The token embedding and the parameters outside of all layers stay, so that
-    `record` works as before. Raises `UnsupportedError` where the directory is an adapter.
+    The last layer comes with the head. The token embedding and the parameters outside all layers stay, so that `record`
+    works as before. Raises `UnsupportedError` if the directory is an adapter.
     """
     if adapter_folder(path) is not None:
         raise UnsupportedError(

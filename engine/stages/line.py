@@ -1,4 +1,4 @@
-"""What stages send each other through torch.distributed: what is to be computed, and hidden states."""
+"""Communication between stages through torch.distributed: scheduled sweeps and hidden states."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from engine.member import Member
 from engine.weights.members.meeting import meet, naming_the_lost, part
 
 _TIMEOUT = timedelta(days=300)
-"""Stages wait for each other as long as nobody asks for anything. A process that ends is noticed sooner."""
+"""Stages wait for the next sweep as long as no job is submitted. The end of a process is noticed sooner."""
 _MEETING = timedelta(minutes=30)
 _AHEAD = 2
-"""Micro-batches whose hidden states are taken or under way: one is computed with while the next one comes."""
+"""Micro-batches received ahead: one is computed while the next one is received."""
 
 
 class StageLine:
-    """The processes of a model's stages; a process is a stage of one model at a time.
+    """The connections between the processes of a model's stages; a process is a stage of one model at a time.
 
-    The stage that leads tells all others of a sweep. Each takes the hidden states of its micro-batches from the stage
-    before, in their order, and hands them on to the next one; it goes on to another sweep while they are taken there.
-    Raises `EngineError` where another stage has gone.
+    The leading stage sends every sweep's schedule to all others. Each stage receives the hidden states of micro-batches
+    from the stage before it, in order, and sends them on to the next stage, while it goes on to another sweep. Raises
+    `EngineError` if another stage has ended.
     """
 
     def __init__(self, member: Member, device: torch.device, width: int, dtype: torch.dtype, num_lanes: int) -> None:
-        """width: numbers of a row's hidden states. Returns when all stages are there."""
+        """width: size of a row's hidden state. Returns when all stages have connected."""
         assert member.meeting is not None
         self.member = member
         self._device, self._width, self._dtype = device, width, dtype
@@ -41,25 +41,25 @@ class StageLine:
             backend = "nccl" if device.type == "cuda" else "gloo"
             self._handing: Any = distributed.new_group(backend=backend, timeout=_TIMEOUT)
         self._told: list[list[tuple[Any, torch.Tensor]]] = [[] for _ in range(num_lanes)]
-        """By lane: what is under way of its last sweep, kept until that has come back."""
+        """For each lane, the sends of its last sweep's schedule, kept until they have completed."""
         self._handed: list[list[tuple[Any, torch.Tensor]]] = [[] for _ in range(num_lanes)]
         self._lane = 0
         self._sizes: Sequence[int] = ()
         self._num_asked = 0
         self._coming: dict[int, tuple[Any, torch.Tensor]] = {}
         self._waiting: dict[int, torch.Tensor] = {}
-        """Hidden states of micro-batches that are computed before their turn to be handed on."""
+        """Hidden states of micro-batches that were computed before their turn to be sent."""
         self._num_handed = 0
 
     def tell(self, lane: int, numbers: torch.Tensor) -> None:
-        """Tell all other stages of a lane's next sweep; that of its last one must have come back."""
+        """Send the schedule of a lane's next sweep to all other stages; the lane's last sweep must have ended."""
         with naming_the_lost(self._lost):
             _settle(self._told[lane])
             for tensor in (torch.tensor([len(numbers)]), numbers):
                 self._told[lane] += [(self._sent(tensor, to, self._telling), tensor) for to in self._others]
 
     def hear(self) -> torch.Tensor | None:
-        """The next sweep to compute, as `tell` was given it; None when there is none any more."""
+        """Receive the schedule of the next sweep, as given to `tell`; None if there is none any more."""
         with naming_the_lost(self._lost):
             size = torch.zeros(1, dtype=torch.int64)
             distributed.recv(size, 0, group=self._telling)
@@ -70,20 +70,20 @@ class StageLine:
         return numbers
 
     def end(self) -> None:
-        """Tell all other stages that there is nothing more to compute."""
+        """Tell all other stages that there are no more sweeps."""
         with naming_the_lost(self._lost):
             for to in self._others:
                 distributed.send(torch.zeros(1, dtype=torch.int64), to, group=self._telling)
 
     def begin(self, lane: int, sizes: Sequence[int]) -> None:
-        """Begin a sweep of a lane, over micro-batches of so many rows."""
+        """Begin a sweep of a lane; `sizes` are the numbers of rows of its micro-batches."""
         self._lane, self._sizes = lane, sizes
         self._num_asked, self._num_handed = 0, 0
         with naming_the_lost(self._lost):
-            _settle(self._handed[lane])  # its last sweep has come back, so they are there
+            _settle(self._handed[lane])  # the lane's last sweep has ended, so its sends are complete
 
     def take(self, number: int) -> torch.Tensor:
-        """What the stage before has made of a micro-batch: hidden `[rows, width]`; in their order, each once."""
+        """Receive a micro-batch's hidden states `[rows, width]` from the stage before; in order, each once."""
         with naming_the_lost(self._lost):
             while self._num_asked < min(number + _AHEAD, len(self._sizes)):
                 hidden = torch.empty(self._sizes[self._num_asked], self._width, dtype=self._dtype, device=self._device)
@@ -95,7 +95,7 @@ class StageLine:
         return hidden
 
     def hand_on(self, number: int, hidden: torch.Tensor) -> None:
-        """Send the next stage the hidden states `[rows, width]` of a micro-batch; each once, in whatever order."""
+        """Send a micro-batch's hidden states `[rows, width]` to the next stage; in any order, each once."""
         self._waiting[number] = hidden.contiguous()
         with naming_the_lost(self._lost):
             while (due := self._waiting.pop(self._num_handed, None)) is not None:
@@ -111,12 +111,12 @@ class StageLine:
         return distributed.isend(tensor, to, group=group)
 
     def close(self) -> None:
-        """Leave."""
+        """Disconnect from the other stages."""
         part()
 
 
 def _settle(sent: list[tuple[Any, torch.Tensor]]) -> None:
-    """Let go of what has been sent."""
+    """Wait for sends to complete, and release their tensors."""
     for work, _ in sent:
         work.wait()
     sent.clear()

@@ -1,4 +1,4 @@
-"""What stages are told of a sweep: rows, and where their keys, values and states are kept, as numbers."""
+"""Encodes a scheduled sweep as numbers: its rows, and where their keys, values and states are stored."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _NONE = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """A sweep, as the stage that leads has scheduled it."""
+    """A sweep as scheduled by the leading stage."""
 
     lane: int
-    """Whose sequences it is of."""
+    """The lane whose sequences it computes."""
     rows: tuple[int, ...]
-    """That the tables of keys and values have, by tier."""
+    """Rows of the tables of keys and values, by tier."""
     slots: tuple[int, ...]
-    """That the tables of states have."""
+    """Slots of the tables of states, by tier."""
     batches: list[list[Segment]]
-    """Micro-batches. Of their spans as much as layers need is there: tokens that are not computed now are zeros."""
+    """Micro-batches. Their spans hold only what layers need: tokens not computed in this sweep are zeros."""
 
     def numbers(self) -> torch.Tensor:
-        """All of it as int64, on the host."""
+        """Encode everything as int64, on the host."""
         spans: dict[int, int] = {}
         out = array("q")
         for segment in (segment for batch in self.batches for segment in batch):
@@ -48,7 +48,7 @@ class Told:
 
     @classmethod
     def read(cls, numbers: torch.Tensor) -> Told:
-        """What `numbers` gave."""
+        """Decode what `numbers` returned."""
         given = iter(numbers.tolist())
         lane = next(given)
         rows, slots = (tuple(next(given) for _ in TIERS) for _ in range(2))

@@ -1,4 +1,4 @@
-"""What is to be done with a lane's sequences when its sweep has ended."""
+"""Changes to a lane's sequences that wait until its current sweep has ended."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ class Scheduled:
 
     batches: list[list[Segment]]
     begun: float
-    """When it was begun to be scheduled, by `time.perf_counter`."""
+    """When its scheduling began, by `time.perf_counter`."""
     host_s: float
-    """That this took."""
+    """Seconds that its scheduling took."""
     num_sequences: int
 
 
 class Track:
-    """What waits for a lane's next sweep, and the one that is under way: nothing else of the lane changes meanwhile."""
+    """A lane's sweep in progress, and the changes that wait for its end: the lane changes only between sweeps."""
 
     def __init__(self, number: int, scheduler: Scheduler) -> None:
         self.number = number
         self.scheduler = scheduler
         self.sweep: Scheduled | None = None
-        """The one that is under way."""
+        """The sweep in progress."""
         self._arriving: list[Sequence[Running]] = []
         self._leaving: list[Running] = []
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there is nothing to compute."""
         return self.scheduler.is_idle and not self._arriving
 
     def add(self, sequences: Sequence[Running]) -> None:
-        """Let sequences in, which came together, as soon as that may be."""
+        """Add sequences that were submitted together, before the lane's next sweep."""
         if sequences:
             self._arriving.append(sequences)
 
     def drop(self, sequence: Running) -> None:
-        """Have the lane do without a sequence, as soon as that may be."""
+        """Remove a sequence from the lane, before its next sweep."""
         self._leaving.append(sequence)
 
     def take_over(self, leave: Callable[[Running], bool]) -> None:
-        """Let in and drop what is to be, between two sweeps.
+        """Apply the waiting changes; called between two sweeps.
 
-        leave: lets a sequence be no longer in work; False where it was not any more.
+        leave: marks a sequence as no longer in progress; returns False if it had ended already.
         """
         for sequences in self._arriving:
             self.scheduler.add(sequences)

@@ -47,8 +47,8 @@ class PromptTokenizer:
             if whole[at : at + len(own)] == own:
                 return cls(tokenizer, tuple(whole[:at]), window)
         raise UnsupportedError(
-            f"the tokenizer makes {whole} of {_PROBE!r} with special tokens and {own} without, so what it adds cannot "
-            "be told from the text; use a tokenizer that puts special tokens around a text only"
+            f"the tokenizer makes {whole} of {_PROBE!r} with special tokens and {own} without, so special tokens "
+            "cannot be separated from the text; use a tokenizer that adds them only before and after a text"
         )
 
     def plain(self, text: str, room: int | None = None, own: Sequence[int] | None = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""What whoever asks from elsewhere is answered, as each sweep ends: the calls that an engine is at work on."""
+"""Runs the calls of a client in another process on this process's engine, and reports each sweep's completions."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from engine.workers.packing import PackedCompletions, PackedJobs
 
 
 class Asked(Protocol):
-    """What is needed of an engine."""
+    """The part of an engine's interface that `Answering` uses."""
 
     def sweeps_of_checked(self, jobs: Iterable[Job], entered: Callable[[list[int]], None]) -> Pending:
-        """As `engine.Engine` has it."""
+        """Submit checked jobs, like `engine.Engine.sweeps_of_checked`."""
 
 
 class Answering:
-    """Hands jobs to an engine and tells what becomes of them, in threads of its own."""
+    """Submits jobs to an engine and reports their completions to the client, with one thread for each call."""
 
     def __init__(
         self, tell: Callable[[Done], None], tell_first: Callable[[Entered], None], fail: Callable[[BaseException], None]
     ) -> None:
-        """`tell_first` returns when the message has left; `fail` hears what ends a call early."""
+        """`tell_first` returns once its message is sent; `fail` is called with an exception that ends a call."""
         self._tell, self._tell_first, self._fail = tell, tell_first, fail
         self._calls: dict[int, list[Pending]] = {}
-        """What has not ended of each call."""
+        """The unfinished requests of each call, by call number."""
         self._dropping = threading.Lock()
         self._passing: list[threading.Thread] = []
-        """Those that pass on what calls are answered."""
+        """The threads that report the completions of calls."""
         self._is_ending = False
 
     def ask(self, engine: Asked, call: int, packed: PackedJobs) -> None:
-        """Have the engine run jobs of a call."""
+        """Submit jobs of a call to the engine."""
         jobs = packed.unpack()
         numbers = [number for number, _ in jobs]
 
@@ -46,7 +46,7 @@ class Answering:
 
         try:
             pending = engine.sweeps_of_checked((job for _, job in jobs), entered)
-        except BaseException as error:  # of which the engine has ended meanwhile
+        except BaseException as error:  # such as: the engine has been closed in the meantime
             self._fail(error)
             return
         with self._dropping:
@@ -58,18 +58,18 @@ class Answering:
         self._passing = [thread for thread in (*self._passing, passing) if thread.is_alive()]
 
     def drop(self, call: int) -> None:
-        """Drop what of a call has not ended."""
+        """Cancel everything unfinished of a call."""
         with self._dropping:
             dropped = self._calls.pop(call, [])
         for pending in dropped:
             pending.close()
 
     def end(self) -> None:
-        """Take in that the engine is about to be closed: calls that it ends then have not failed."""
+        """Note that the engine is about to be closed: calls that closing ends are not reported as failures."""
         self._is_ending = True
 
     def wait(self) -> None:
-        """Return when everything that was answered has been told."""
+        """Return when every completion has been reported."""
         for thread in self._passing:
             thread.join()
 
@@ -79,7 +79,7 @@ class Answering:
                 done = PackedCompletions.of([(numbers[index], completion) for index, completion in finished])
                 self._tell(Done(completions=done))
         except BaseException as error:
-            if not self._is_ending:  # else it says that it was closed
+            if not self._is_ending:  # otherwise the error only says that the engine was closed
                 self._fail(error)
         finally:
             with self._dropping:

@@ -43,7 +43,7 @@ class Comparison:
 
     def outcome(self, progress: Callable[[int, int], None]) -> Findings:
         """Wait for the findings; raises what the process raised, or `EngineError` when it dies."""
-        while isinstance(told := self._told.get(), Stage):  # if interrupted, closing the engine finds that it goes on
+        while isinstance(told := self._told.get(), Stage):  # closing the engine ends a comparison in progress
             progress(told.done, told.total)
         self.place = None
         found = told.outcome if isinstance(told, Compared) else told

@@ -1,4 +1,4 @@
-"""The processes of an engine's devices: started together, given up one by one, and what all of them share."""
+"""The worker processes of an engine: started together, given up one by one, and the resources that they share."""
 
 from __future__ import annotations
 
@@ -16,57 +16,57 @@ Ended = Callable[[Place, WorkerProcess, str], None]
 
 
 class Crew:
-    """Places that are in use, the shared memory of their weights, and where they meet.
+    """The places in use, the shared memory that holds their weights, and their rendezvous file.
 
-    Whoever uses it holds a lock of its own while it does.
+    Not thread-safe: the caller holds a lock of its own during each call.
     """
 
     def __init__(self, openings: Sequence[Open], take: Take, ended: Ended) -> None:
-        """`openings`: what is opened on each device; `take` and `ended` hear what processes tell, and of their end."""
+        """Make one place for each of `openings`; `take` gets the messages of processes, `ended` how each has ended."""
         member = openings[0].member
         self.is_staged = member is not None and member.stages
-        """Whether each has a stage of the model: the first is asked, and its number is that of all."""
+        """Whether each process holds one stage of the model; only the first gets jobs, and all share its number."""
         self.places = [Place(0 if self.is_staged else number, opening) for number, opening in enumerate(openings)]
-        """Those in use."""
+        """The places in use."""
         self.is_several = len(openings) > 1
-        """Whether there was more than one device at first."""
+        """Whether the engine began with more than one device."""
         self._take, self._ended = take, ended
         self._weights: int | None = None
         self._meeting: Path | None = None
 
     @property
     def is_bound(self) -> bool:
-        """Whether no process can go on without the others, since each has a part of the weights."""
+        """Whether no process can continue without the others, because each holds a part of the weights."""
         member = self.places[0].opening.member
         return member is not None and member.is_bound
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is one place, or all stand for one device."""
+        """Whether there is a single place, or all places together act as one device."""
         return self.is_staged or len(self.places) == 1
 
     @property
     def asked(self) -> list[Place]:
-        """Those that jobs are given to."""
+        """The places that jobs are sent to."""
         return self.places[:1] if self.is_staged else self.places
 
     @property
     def num_asked(self) -> int:
-        """How many these are."""
+        """The number of places that jobs are sent to."""
         return len(self.asked)
 
     @property
     def is_open(self) -> bool:
-        """Whether the engine is open everywhere."""
+        """Whether every process has opened the model."""
         return all(place.opened is not None for place in self.places)
 
     @property
     def is_waiting(self) -> bool:
-        """Whether processes are to end, so that all can be started together."""
+        """Whether recalled processes have yet to end before all processes are started together."""
         return any(place.is_recalled for place in self.places)
 
     def start(self, processes: Iterable[WorkerProcess | None] = ()) -> None:
-        """Start a process at every place, or take `processes`; what they share is made anew."""
+        """Start a process at every place, or use `processes`; shared memory and the rendezvous are created anew."""
         if self.is_several:
             self._make_shared()
         waiting = list(processes) or [None] * len(self.places)
@@ -74,17 +74,17 @@ class Crew:
             place.start(self._take, self._ended, process)
 
     def start_at(self, place: Place) -> None:
-        """Start a process in place of one that has ended."""
+        """Start a new process at a place whose process has ended."""
         place.start(self._take, self._ended)
 
     def start_the_dead(self) -> None:
-        """Start a process wherever there is none."""
+        """Start a new process at every place that has none."""
         for place in [] if self.is_waiting else self.places:
             if place.process is None:
                 self.start_at(place)
 
     def recall(self, culprit: Place) -> None:
-        """End all processes, which cannot go on without that of `culprit`; when the last one has ended, start anew."""
+        """End the processes other than that of `culprit`; start all again when the last one has ended."""
         for place in self.places:
             if place is not culprit and place.process is not None:
                 place.is_recalled, place.opened = True, None
@@ -93,22 +93,22 @@ class Crew:
             self.start()
 
     def take_recalled(self, place: Place) -> None:
-        """Take in that a recalled process has ended."""
-        place.is_recalled, place.num_starts = False, max(0, place.num_starts - 1)  # it has not failed by itself
+        """Note that a recalled process has ended."""
+        place.is_recalled, place.num_starts = False, max(0, place.num_starts - 1)  # it did not fail by itself
         if not self.is_waiting:
             self.start()
 
     def give_up(self, place: Place) -> None:
-        """Use a place no longer, which has no process; others may go on only if it was `is_complete`."""
+        """Remove a place whose process has ended; the others may continue only if the place was `is_complete`."""
         self.places.remove(place)
 
     def tell(self, message: Told) -> None:
-        """Say something to all processes."""
+        """Send a message to all processes."""
         for place in self.places:
             place.send(message)
 
     def kill(self) -> None:
-        """End all processes at once."""
+        """Kill all processes."""
         for place in self.places:
             process, place.process = place.process, None
             if process is not None:
@@ -116,18 +116,18 @@ class Crew:
         self._forget_shared()
 
     def part(self, comparing: Place | None) -> list[WorkerProcess]:
-        """Let all processes end after the sweep at hand; those that compare layers, or are being opened, at once.
+        """Ask all processes to end after the current sweep; kill those that compare or are opening a model.
 
-        Nothing is heard of them at their places any more. Returns them, to be waited for.
+        Their places handle no further messages. Returns the processes, for the caller to wait for.
         """
         closing = []
-        is_torn = self.is_bound and not self.is_open  # none would come to the end of a sweep
+        is_torn = self.is_bound and not self.is_open  # no process would reach the end of a sweep
         for place in self.places:
             process, place.process = place.process, None
             if process is not None:
                 closing.append(process)
                 if is_torn or place is comparing or place.opened is None:
-                    process.kill()  # nothing of what it does is kept
+                    process.kill()  # its result is not needed
                 process.send(Close())
         self._forget_shared()
         return closing
@@ -136,7 +136,7 @@ class Crew:
         self._forget_shared()
         if self.is_bound and len(self.places) > 1:
             self._meeting = Path(tempfile.mkdtemp(prefix="flexgen-helm-")) / "meeting"
-        elif hasattr(os, "memfd_create"):  # where there are several devices, there is Linux
+        elif hasattr(os, "memfd_create"):  # several devices are supported on Linux only
             self._weights = os.memfd_create("flexgen-helm-weights")
         meeting = None if self._meeting is None else str(self._meeting)
         for index, place in enumerate(self.places):

@@ -1,4 +1,4 @@
-"""An engine's processes, one for each device, which are replaced when they die, and the jobs that they were given."""
+"""The worker processes of an engine, one for each device: replaces those that die, and keeps the jobs given to them."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ _log = logging.getLogger(__name__)
 
 
 class KeptAlive:
-    """Runs an engine in processes; one that dies is started again, and what it had not answered is asked again.
+    """Runs an engine in worker processes; replaces a process that dies and submits its unanswered jobs again.
 
-    A fault that the engine raises on purpose, such as weights that have changed, is final. Anything else ends the
-    process; a job that does so again and again is found (see `Suspects`) and fails alone. Of several devices, one whose
-    processes die again and again is given up, and the others take over its jobs.
+    An error that the engine raises on purpose, such as changed weight files, is final. Any other error ends the
+    process; a job that ends its process repeatedly is isolated (see `Suspects`) and fails alone. With several devices,
+    a device whose processes die repeatedly is given up, and the other devices take over its jobs.
     """
 
     def __init__(
@@ -55,23 +55,23 @@ class KeptAlive:
         processes: Sequence[WorkerProcess | None],
         observe: Callable[[SweepTiming, str], None] = lambda timing, device: None,
     ) -> None:
-        """Open on each device what `openings` says, in the process that waits there, if one does.
+        """Open on each device what `openings` says, in the idle process for that device, if there is one.
 
-        Returns when all are open. `observe` is called after each sweep with the device's name, in a thread of this
-        object, before completions are delivered. Raises what opening raises.
+        Returns when the model is open on all devices; raises what opening raises. `observe` is called after each sweep
+        with the device's name, in a thread of this object, before the completions are delivered.
         """
-        self.deaths: list[str] = []  # how processes have ended that were replaced
-        self.given_up: dict[str, str] = {}  # devices that are no longer used, by name, and why
+        self.deaths: list[str] = []  # how each process ended that was replaced
+        self.given_up: dict[str, str] = {}  # devices no longer used: name -> how their last process ended
         self._crew = Crew(openings, self._take, self._died)
         self._observe, self._changed = observe, threading.Condition()
         self._opened: Opened | None = None
-        self._is_ready = self._is_closing = False  # ready: the engine has been open on every device
+        self._is_ready = self._is_closing = False  # ready: the model has been opened on every device
         self._digested: Digested | None = None
         policy = openings[0].policy
         does_share = policy.share_prefix and policy.pad_to_seq_len is None
         self._ledger = Ledger(self._crew.num_asked, share_prefix=does_share, in_step=self._crew.is_bound)
         self._fault: BaseException | None = None
-        self._notes: list[str] = []  # warnings while the model was being opened
+        self._notes: list[str] = []  # warnings that were raised while the model was opened
         self._comparison = Comparison()
         with self._changed:
             self._crew.start(processes)
@@ -87,7 +87,7 @@ class KeptAlive:
 
     @property
     def opened(self) -> Opened:
-        """What the first device's process has told of its engine."""
+        """What the first device's process has reported about its engine."""
         assert self._opened is not None
         return self._opened
 
@@ -97,16 +97,16 @@ class KeptAlive:
         return tuple(place.device for place in self._crew.places)
 
     def submit(self, call: Call) -> None:
-        """Take in a call, whose `left` are jobs; raises the fault that ended the engine, or that it is closed."""
+        """Accept a call, whose jobs are in `left`; raises the engine's error if it has failed or is closed."""
         with self._changed:
             self._check_serving()
             self._ledger.add(call, call.left)
-            if call.left:  # one of no jobs asks whether the engine serves
+            if call.left:  # a call without jobs only asks whether the engine is available
                 self._crew.start_the_dead()
             self._feed()
 
     def abandon(self, call: Call) -> None:
-        """Drop what of a call has not ended."""
+        """Cancel everything unfinished of a call."""
         with self._changed:
             call_number = self._ledger.drop(call)
             if call_number is not None:
@@ -114,7 +114,7 @@ class KeptAlive:
             self._feed()
 
     def digest(self) -> str | None:
-        """As `Engine.weights_digest`."""
+        """See `Engine.weights_digest`."""
         with self._changed:
             self._wait_for(lambda: self._digested is not None)
             assert self._digested is not None
@@ -125,7 +125,7 @@ class KeptAlive:
     def compare(
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
-        """As `Engine.compare_with_stock`, on one device; raises `EngineError` when its process dies meanwhile."""
+        """See `Engine.compare_with_stock`; runs on one device, and raises `EngineError` if its process dies."""
         if self._crew.is_bound:
             raise UnsupportedError(
                 "comparing with stock layers needs all weights in one process: set gather-weights: false, without "
@@ -140,7 +140,7 @@ class KeptAlive:
             return self._comparison.outcome(progress)
 
     def close(self) -> None:
-        """End the processes after the sweep at hand, whose completions are delivered; waiting calls fail."""
+        """End the processes after the current sweep, whose completions are delivered; calls that still wait fail."""
         with self._changed:
             self._is_closing, closing = True, self._crew.part(self._comparison.place)
         for process in closing:
@@ -154,13 +154,13 @@ class KeptAlive:
             raise EngineError("the engine is closed")
 
     def _wait_for(self, is_there: Callable[[], bool]) -> None:
-        """Wait, with the lock held, for what a process is to tell."""
+        """Wait, with the lock held, until a message of a process makes `is_there` true."""
         while not is_there():
             self._check_serving()
             self._changed.wait()
 
     def _feed(self) -> None:
-        """Give the processes what they may compute now; the lock is held."""
+        """Send the processes the jobs that they may compute now; the lock is held."""
         able = {place.number: place for place in self._crew.asked if place.may_be_asked}
         if self._fault is None and able:
             for number, asked in self._ledger.to_send({number: place.room for number, place in able.items()}).items():
@@ -168,11 +168,11 @@ class KeptAlive:
                     able[number].send(Ask(call=call, jobs=PackedJobs.of(jobs)))
 
     def _take(self, place: Place, process: WorkerProcess, told: Tells) -> None:
-        """Act on what a process says, in the thread that listens to it."""
+        """Handle a message of a process, in the thread that listens to it."""
         if isinstance(told, Swept):
             try:
                 self._observe(told.timing, place.device)
-            except Exception as error:  # nobody would hear the process any more
+            except Exception as error:  # else nobody would read the process's messages
                 self._end(EngineError(f"the observer of sweeps failed: {named(error)}"))
                 process.kill()
         with self._changed:
@@ -215,9 +215,9 @@ class KeptAlive:
 
     def _take_fault(self, place: Place, process: WorkerProcess, error: BaseException) -> None:
         place.last_words = one_line(error)
-        if type(error) is not EngineError:  # it was raised on purpose: another process would say the same
+        if type(error) is not EngineError:  # raised on purpose: another process would raise the same error
             if self._is_ready and not self._crew.is_alone and isinstance(error, CapacityError | InstallationError):
-                place.condemn()  # the device is no longer what it was
+                place.condemn()  # the device no longer works as it did
             else:
                 self._end(error)
         process.kill()
@@ -226,7 +226,7 @@ class KeptAlive:
         if note.logger is None and self._opened is None:
             if note.text not in self._notes:
                 self._notes.append(note.text)
-        elif place.is_first or note.level >= logging.WARNING:  # what all of them do is told once
+        elif place.is_first or note.level >= logging.WARNING:  # what all processes log is logged once
             logging.getLogger(note.logger or __name__).log(note.level, "%s", note.text)
 
     def _deliver(self, done: Iterable[tuple[int, Completion]]) -> None:
@@ -235,7 +235,7 @@ class KeptAlive:
         self._feed()
 
     def _died(self, place: Place, process: WorkerProcess, how: str) -> None:
-        """Start another process in place of one that has ended, in the thread that listened to it."""
+        """Handle the end of a process, in the thread that listened to it."""
         with self._changed:
             reason, place.last_words = place.last_words or how, ""
             self._comparison.died(place, reason)
@@ -249,13 +249,13 @@ class KeptAlive:
             self._changed.notify_all()
 
     def _replace(self, place: Place, reason: str) -> None:
-        """Find who is at fault that a process has ended by itself, and go on without, or with another one."""
+        """Attribute an unexpected end to a job or the device; continue with a new process or without the device."""
         crew, told = self._crew, f"{place.device}: {reason}" if self._crew.is_several else reason
         ended = [place, *(other for other in crew.asked if crew.is_bound and other is not place)]
         place.num_deaths += not place.num_starts and not self._ledger.is_on_trial(place.number)
         failed = self._ledger.died(
             {each.number: each for each in ended},
-            is_job_at_fault=not any(each.num_starts for each in ended),  # else weights were still being read
+            is_job_at_fault=not any(each.num_starts for each in ended),  # otherwise weights were still being read
         )
         is_hopeless = place.is_hopeless(is_alone=crew.is_alone)
         if is_hopeless and crew.is_alone:
@@ -278,20 +278,20 @@ class KeptAlive:
         self._go_on(place, is_given_up=is_hopeless)
 
     def _go_on(self, place: Place, *, is_given_up: bool) -> None:
-        """Start what is to be started after the process of `place` has ended."""
+        """Start the processes that have to be started after the process of `place` has ended."""
         crew = self._crew
-        is_needed = crew.is_bound or not place.is_complete  # others wait for its part of the weights
+        is_needed = crew.is_bound or not place.is_complete  # other processes wait for its part of the weights
         if is_given_up:
             crew.give_up(place)
         if crew.is_waiting:
-            return  # all are started when the last one has ended
+            return  # all are started when the last recalled process has ended
         if crew.is_bound or (is_given_up and is_needed):
             crew.recall(place)
         elif not is_given_up and (not self._ledger.is_empty or not self._is_ready or is_needed):
             crew.start_at(place)
 
     def _end(self, fault: BaseException) -> None:
-        """Tell everybody who waits that there is nothing more to come."""
+        """Fail all calls that are waiting; the engine accepts no more."""
         with self._changed:
             self._fault = self._fault or fault
             calls = self._ledger.clear()

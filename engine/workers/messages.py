@@ -1,4 +1,4 @@
-"""What an engine's process is told, and what it tells."""
+"""The messages between an engine and its worker processes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """Say what devices there are, and what memory a run under this policy may use; only before a model is open."""
+    """Asks for the devices, and the memory that a run under this policy may use; sent only before a model is opened."""
 
     policy: Policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """What devices there are, and what memory a run may use, on the first of those of its policy."""
+    """The answer to `Look`: the devices, and the memory a run may use on the first device of the policy."""
 
     devices: tuple[Device, ...]
-    """All that torch sees, the best kind first; empty where there is the CPU alone."""
+    """All devices that torch sees, the preferred kind first; empty if there is only the CPU."""
     free: tuple[int, int] | None
-    """Bytes of the policy's device that are free, and all; None where its memory is the host's."""
+    """Free and total bytes of the policy's device; None if it has no memory apart from the host's."""
     memory: Memory | EngineError
-    """Or why that is not known."""
+    """The memory a run may use, or the error that kept it from being determined."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Say whether this model can be run under this policy, and get the device ready; only before a model is open."""
+    """Asks whether a model runs under a policy, and initializes the device; sent only before a model is opened."""
 
     description: ModelDescription
     policy: Policy
@@ -51,46 +51,46 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """What keeps a model from being run; None where nothing does."""
+    """The answer to `Check`: the error that keeps the model from running, or None."""
 
     error: BaseException | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Open:
-    """Open this model; the first message, but for `Look` and `Check`."""
+    """Opens a model; the first message, except for `Look` and `Check`."""
 
     model: str
     """A hub id or directory."""
     policy: Policy
     window: int | None
-    """Most positions of a sequence, in place of what the model's files tell."""
+    """Most positions of a sequence, overriding the model's configuration; None keeps that."""
     member: Member | None
-    """Which of several engines it is; None where it is the only one.
+    """Which of several workers the process is; None if it is the only one.
 
-    Its descriptor of shared memory is the sender's; the message is followed by one of the receiver's own.
+    Its file descriptor of shared memory is valid in the sender; the receiver's own descriptor follows the message.
     """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """Run these jobs."""
+    """Runs jobs."""
 
     call: int
-    """Whose they are."""
+    """The number of the call that the jobs belong to."""
     jobs: PackedJobs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drop:
-    """Drop what of this call has not ended."""
+    """Cancels everything unfinished of a call."""
 
     call: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Compare completions with what stock layers of transformers compute."""
+    """Compares completions with what stock layers of transformers compute."""
 
     jobs: Sequence[Job]
     completions: Sequence[Completion]
@@ -98,73 +98,73 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Close:
-    """End after the sweep at hand, whose completions are told."""
+    """Ends the process after the current sweep, whose completions are still sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """The model is open; its weights may still be read."""
+    """Says that the model is open; its weights may still be loading."""
 
     path: str
     """The model's directory."""
     dtype: str
-    """That it computes in."""
+    """The dtype that the engine computes in."""
     plan: Plan
     window: int | None
     vocab_size: int
     pad_token: int
     placed: Mapping[str, Mapping[Tier, int]]
-    """Bytes of each unit's weights by tier."""
+    """Bytes of each unit's weights, by tier."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """All weights are in place."""
+    """Says that all weights are in place."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digested:
-    """The digest of the weight files, when all are read; None where the weights come from no files."""
+    """The digest of the weight files, once all are read; None if the weights come from no files."""
 
     digest: str | None
     error: EngineError | None = None
-    """Why there is none, where the weights cannot be read."""
+    """Why there is no digest, if the weight files cannot be read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something that a user should read."""
+    """A line to log or to warn the user with."""
 
     logger: str | None
-    """That it goes to; None for a warning."""
+    """The logger's name; None for a warning."""
     level: int
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entered:
-    """Jobs that are about to be computed for the first time."""
+    """Says that jobs are about to be computed for the first time."""
 
     numbers: Numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Swept:
-    """A sweep has ended; its completions follow."""
+    """Says that a sweep has ended; its completions follow."""
 
     timing: SweepTiming
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """Completions of one sweep."""
+    """The completions of one sweep."""
 
     completions: PackedCompletions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """How far a comparison is."""
+    """The progress of a comparison."""
 
     done: int
     total: int
@@ -172,14 +172,14 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """What a comparison found, or why it ended without."""
+    """The findings of a comparison, or the error that ended it."""
 
     outcome: Findings | BaseException
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """The engine cannot go on."""
+    """Says that the engine cannot continue."""
 
     error: BaseException
 

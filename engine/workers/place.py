@@ -1,4 +1,4 @@
-"""A device's place among those that run an engine: its process, which may be another one after each death."""
+"""The place of one device in an engine: its current worker process, and the record of those before."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from engine.workers.messages import Open, Opened, Tells, Told
 from engine.workers.process import WorkerProcess
 
 _MOST_DEATHS = 3
-"""Processes in a row that may die before all weights are in place or, where others go on, before a sweep has ended."""
+"""Processes that may die in a row before all weights are in place or, with other devices, before a sweep has ended."""
 _SWEEPS_AHEAD = 2
-"""That a device is given work for: the one after the next is there when the next begins, and so are its prefixes."""
+"""Sweeps for which a device is given work in advance, so that the next one can start, and its prefixes are known."""
 
 
 class Place:
-    """The process of a device, and what is known of it. Whoever uses it holds a lock of its own."""
+    """The worker process of a device and its state. Not thread-safe: the caller holds a lock of its own."""
 
     def __init__(self, number: int, opening: Open) -> None:
-        """`number`: among the devices of an engine; `opening`: what its process is told to open."""
+        """`number`: the device's position in the engine; `opening`: the message that opens the model."""
         self.number = number
         self.opening = opening
         self.process: WorkerProcess | None = None
         self.opened: Opened | None = None
-        """What the process of now has told of its engine, as soon as that is open."""
+        """What the current process has reported about its engine; None until the model is open."""
         self.is_complete = False
-        """Whether a process has brought all weights, and told all that only it is asked for."""
+        """Whether a process has loaded all weights and sent everything that only this place is asked for."""
         self.num_starts = 0
-        """Processes since weights were last in place."""
+        """Processes started since all weights were last in place."""
         self.num_deaths = 0
-        """In a row, with weights in place and without a sweep between them."""
+        """Deaths in a row with weights in place and no sweep in between."""
         self._num_processes = 0
         self.last_words = ""
-        """What the process said of its end."""
+        """The error that the process reported before it ended."""
         self.is_recalled = False
-        """Whether its process is to end because of another's end."""
+        """Whether the process is being ended because another process ended."""
 
     @property
     def device(self) -> str:
@@ -44,15 +44,16 @@ class Place:
 
     @property
     def may_be_asked(self) -> bool:
-        """Whether its engine is open, and it is known who would be at fault if its process ended.
+        """Whether the model is open and a death of the process could be attributed.
 
-        The first process may compute while weights still arrive; a later one is given nothing before they are in place.
+        The first process may compute while weights are still loading; a later one gets no jobs before they are in
+        place.
         """
         return self.opened is not None and (self.num_starts == 0 or self._num_processes == 1)
 
     @property
     def room(self) -> Room:
-        """How much of what it has been given may wait for its next sweeps; only when it is open."""
+        """How much of the work sent to it may wait for its next sweeps; valid only when the model is open."""
         assert self.opened is not None
         limits = self.opened.plan.limits
         return Room(rows=_SWEEPS_AHEAD * limits.rows_per_sweep, jobs=_SWEEPS_AHEAD * limits.seats)
@@ -63,7 +64,7 @@ class Place:
         ended: Callable[[Place, WorkerProcess, str], None],
         process: WorkerProcess | None = None,
     ) -> None:
-        """Start a process, or take one that waits, and let it open the model; what it tells is passed on."""
+        """Start a process, or use an idle one, and let it open the model; its messages are passed to `tell`."""
         self.num_starts += 1
         self._num_processes += 1
         self.opened, self.is_recalled = None, False
@@ -72,15 +73,15 @@ class Place:
         process.send(self.opening)
 
     def is_hopeless(self, *, is_alone: bool) -> bool:
-        """Whether its process has ended too often; where it is the only place, all that counts is that weights came."""
+        """Whether its processes have died too often; for an only place, just those without weights in place count."""
         return self.num_starts >= _MOST_DEATHS or (not is_alone and self.num_deaths >= _MOST_DEATHS)
 
     def condemn(self) -> None:
-        """Be hopeless as soon as its process has ended: no other one would do better."""
+        """Give the device up as soon as its process has ended, because a new process would fail as well."""
         self.num_deaths = _MOST_DEATHS
 
     def become(self, index: int, count: int, weights: int | None, meeting: str | None) -> None:
-        """Be the engine's member `index` of `count` from the next start on."""
+        """Make the place member `index` of `count`, from its next process on."""
         member = self.opening.member
         assert member is not None
         if count == 1:
@@ -92,10 +93,10 @@ class Place:
 
     @property
     def is_first(self) -> bool:
-        """Whether its process is the one that is asked what all of them would say."""
+        """Whether its process answers the questions that all processes would answer alike."""
         return self.opening.member is None or self.opening.member.index == 0
 
     def send(self, message: Told) -> None:
-        """Say something to the process, if there is one."""
+        """Send a message to the process, if there is one."""
         if self.process is not None:
             self.process.send(message)

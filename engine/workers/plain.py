@@ -1,4 +1,4 @@
-"""What a worker process prints, without what a terminal would take for commands."""
+"""Removes terminal control sequences from what a worker process prints."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, TextIO
 
 
 class _Plain:
-    """A text stream that writes to another one what can be printed, and escapes for the rest."""
+    """A text stream that writes printable characters to another stream and escapes all others."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write to the stream; how many characters of `text` were written."""
+        """Write to the stream; returns the number of characters of `text` that were written."""
         told = (each if each.isprintable() or each in "\n\t\r" else ascii(each)[1:-1] for each in text)
         self._stream.write("".join(told))
         return len(text)
@@ -23,7 +23,7 @@ class _Plain:
 
 
 def print_plain_text() -> None:
-    """Let this process print nothing else to a terminal: names and texts in its messages come from models."""
+    """Escape control characters in what this process prints, because names and texts in messages come from models."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream.isatty():

@@ -1,4 +1,4 @@
-"""A process that runs an engine: started, spoken to, and known to have ended."""
+"""A worker process: starting it, exchanging messages with it, and noticing its end."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from engine.checkpoint.description import ModelDescription
 
 PROGRAM = "engine.worker"
-"""The module whose `main` such a process runs."""
+"""The module whose `main` the process runs."""
 _LOOK_S = 0.5
-"""How often it is looked whether the process is still there: who has inherited its end of the line may keep it open."""
+"""Interval of checks whether the process is alive: a child may have inherited its pipe and keep it open."""
 _HINTS = {
     signal.SIGKILL: ", as the system does where memory runs out",
     signal.SIGBUS: ", as the system does where a mapped file can no longer be read: weights that were cut short, or "
     "lie on a network drive that went away",
 }
-"""What a signal that ended a process may mean."""
+"""What a signal that ended the process may mean."""
 _LAST_WORDS_S = 5.0
-"""For a process that has said it is done, or cannot go on, to end by itself."""
+"""Time for a process that reported its end, or an error, to exit by itself."""
 
 
 class WorkerProcess:
-    """An interpreter of its own that runs `engine.worker`; it ends with its parent, whatever becomes of that.
+    """A new Python interpreter that runs `engine.worker`; it ends with its parent, however the parent ends.
 
-    It is started anew, not forked, and imports nothing of the program that starts it: neither its main module nor HELM.
+    It is spawned, not forked, and imports nothing of the program that starts it: neither its main module nor HELM.
     """
 
     def __init__(self) -> None:
-        """Start it; it imports what it needs, and waits."""
+        """Start the process; it imports what it needs and waits for messages."""
         self._line, theirs = (_beyond_standard(line) for line in multiprocessing.Pipe())
         self._sending = threading.Lock()
         self._listener: threading.Thread | None = None
@@ -58,8 +58,8 @@ class WorkerProcess:
             self._process = subprocess.Popen(
                 [os.fsdecode(get_executable()), *flags, "-c", program],
                 pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,  # nobody is asked anything
-                stdout=2 if _is_open(2) else subprocess.DEVNULL,  # what it may print is no output of the command
+                stdin=subprocess.DEVNULL,  # the process reads no input
+                stdout=2 if _is_open(2) else subprocess.DEVNULL,  # what it prints is not output of the command
                 stderr=None if _is_open(2) else subprocess.DEVNULL,
             )
         finally:
@@ -67,21 +67,21 @@ class WorkerProcess:
 
     @property
     def pid(self) -> int:
-        """The number that the system knows it by."""
+        """The process id."""
         return self._process.pid
 
     def look(self, policy: Policy) -> Seen:
-        """What devices there are, and what memory a run under `policy` may use; before it listens and opens a model.
+        """Return the devices, and the memory that a run under `policy` may use; call it before `listen`.
 
-        The process that asks touches no device for it. Raises `EngineError` when the process has ended.
+        The calling process touches no device. Raises `EngineError` if the process has ended.
         """
         seen: Seen = self._answer(Look(policy=policy))
         return seen
 
     def check(self, description: ModelDescription, policy: Policy) -> None:
-        """Check a model there as `engine.opening.check_model` does; before it listens and opens a model.
+        """Check a model in the process like `engine.opening.check_model`; call it before `listen`.
 
-        Raises what that raises, and `EngineError` when the process has ended.
+        Raises what that raises, and `EngineError` if the process has ended.
         """
         checked: Checked = self._answer(Check(description=description, policy=policy))
         if checked.error is not None:
@@ -99,39 +99,39 @@ class WorkerProcess:
         return told
 
     def memory(self, policy: Policy) -> Memory:
-        """What memory a run under `policy` may use, as `look` finds it; raises what keeps it from being known."""
+        """Return the memory a run under `policy` may use, as `look` finds it; raises the error if `look` found one."""
         found = self.look(policy).memory
         if isinstance(found, EngineError):
             raise found
         return found
 
     def listen(self, tell: Callable[[Tells], None], ended: Callable[[str], None]) -> None:
-        """From now on tell each message, and at last how the process ended, in a thread of its own; call it once."""
+        """Pass each message to `tell`, and at last how the process ended to `ended`, in a new thread; call it once."""
         self._listener = threading.Thread(
             target=self._listen, args=(tell, ended), name=f"flexgen-worker-{self.pid}", daemon=True
         )
         self._listener.start()
 
     def send(self, message: Told) -> None:
-        """Say something; what is said to a process that has ended is lost, as `listen` tells."""
+        """Send a message; a message to a process that has ended is lost, and `listen` reports the end."""
         with self._sending, contextlib.suppress(OSError):
             self._line.send(message)
             if isinstance(message, Open) and message.member is not None and message.member.weights is not None:
                 reduction.send_handle(self._line, message.member.weights, self.pid)
 
     def close(self) -> None:
-        """Let it end after the sweep at hand; returns when it has, and all that it said was told."""
+        """Let the process end after the current sweep; returns when it has, and its messages were passed on."""
         self.send(Close())
         self.wait()
 
     def wait(self) -> None:
-        """Return when it has ended, and all that it said was told."""
+        """Return when the process has ended, and its messages were passed on."""
         self._process.wait()
         if self._listener is not None:
             self._listener.join()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
 
@@ -153,7 +153,7 @@ class WorkerProcess:
 
 
 def _is_open(descriptor: int) -> bool:
-    """Whether the program that starts a process has this descriptor: a daemon may have none of the standard ones."""
+    """Whether this process has the descriptor open: a daemon may lack standard streams."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -162,7 +162,7 @@ def _is_open(descriptor: int) -> bool:
 
 
 def _beyond_standard(line: Connection) -> Connection:
-    """`line`, by a descriptor that is none of the standard ones: the process that is started has others for those."""
+    """Move `line` to a descriptor above the standard ones, which the new process uses for other purposes."""
     if line.fileno() > 2:
         return line
     with line:
@@ -170,7 +170,7 @@ def _beyond_standard(line: Connection) -> Connection:
 
 
 def _described(code: int) -> str:
-    """How a process ended, by its exit code."""
+    """Describe how a process ended, from its exit code."""
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -1,4 +1,4 @@
-"""An engine in processes of its own, one for each device, asked as one in this process is."""
+"""An engine in worker processes, one for each device, with the interface of an engine in this process."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class RemoteEngine(Front):
-    """Runs jobs as `engine.Engine` does, in processes that are replaced when they die (see `KeptAlive`).
+    """Runs jobs like `engine.Engine`, in worker processes that are replaced when they die (see `KeptAlive`).
 
     Safe to use from several threads; a context manager.
     """
@@ -41,21 +41,23 @@ class RemoteEngine(Front):
     ) -> None:
         """Open `model`, a hub id or directory; returns when it is open, and raises what opening it raises.
 
-        window: most positions of a sequence, in place of what the model's files tell. waiting: processes that were
-        asked for no model yet; those that are not needed are ended.
+        window: most positions of a sequence, overriding the model's configuration. waiting: idle processes that have
+        opened no model yet; those that are not needed are ended.
         """
         self.policy = policy
         self.observer: Callable[[SweepTiming], None] | None = None
-        """Called after each sweep, before its completions are delivered, in a thread of this engine; one at a time."""
+        """Called after each sweep, before its completions are delivered, in a thread of this engine; never
+        concurrently.
+        """
         self.num_sweeps = 0
-        """Passes over the weights so far, of all devices."""
+        """Sweeps so far, of all devices together."""
         self._observing = threading.Lock()
         seats = seats_for(policy, waiting)
         for note in seats.notes:
             warnings.warn(note, stacklevel=2)
         self._is_several = seats.memory is not None and not seats.stages
         self.gathers = seats.gather
-        """Whether each device has a part of the weights, and all gather them."""
+        """Whether each device stores a part of the weights, and all parts are gathered for each layer."""
         openings = [
             Open(
                 model=model,
@@ -81,74 +83,74 @@ class RemoteEngine(Front):
     def from_pretrained(
         cls, model: str, policy: Policy | str | Path | Mapping[str, Any] = "auto", *, window: int | None = None
     ) -> RemoteEngine:
-        """As `Engine.from_pretrained`."""
+        """See `Engine.from_pretrained`."""
         return cls(model, Policy.load(policy), window=window)
 
     @property
     def opened(self) -> Opened:
-        """What the first device's process has told of its engine."""
+        """What the first device's process has reported about its engine."""
         return self._place.opened
 
     @property
     def parts(self) -> Any:
-        """Raises `UnsupportedError`: they are in other processes."""
+        """Raises `UnsupportedError`: the parts are in other processes."""
         raise UnsupportedError("an engine in processes of its own has no parts here; name one device")
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """The names of the devices that it computes on now, as the policy has them."""
+        """The names of the devices in use, as written in the policy."""
         return self._place.devices
 
     @property
     def plan(self) -> Plan:
-        """Where everything lies, on each device."""
+        """The plan: where weights, cache and activations are placed, on each device."""
         return self.opened.plan
 
     @property
     def sweep(self) -> Room:
-        """What fills a sweep of one device."""
+        """The work that fills a sweep of one device."""
         return Room(rows=self.plan.limits.rows_per_sweep, jobs=self.plan.limits.seats)
 
     @property
     def window(self) -> int | None:
-        """Most positions of a sequence; None when the model sets no limit."""
+        """Most positions of a sequence; None if the model sets no limit."""
         return self.opened.window
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """Number of token ids."""
         return self.opened.vocab_size
 
     @property
     def pad_token(self) -> int:
-        """The token that rows are filled up with: the model's, else its end-of-text."""
+        """The padding token: the model's, else its end-of-text token."""
         return self.opened.pad_token
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's."""
-        from engine.checkpoint.tokenizer import load_tokenizer  # and transformers, which few need here
+        """The model's tokenizer."""
+        from engine.checkpoint.tokenizer import load_tokenizer  # it imports transformers, which few callers need
 
         return load_tokenizer(Path(self.opened.path))
 
     @property
     def deaths(self) -> Sequence[str]:
-        """How processes have ended that were replaced."""
+        """How each process ended that was replaced."""
         return tuple(self._place.deaths)
 
     @property
     def given_up(self) -> Mapping[str, str]:
-        """Devices that are no longer used since their process ended again and again, by name, and how."""
+        """Devices that are no longer used because their processes kept dying: name -> how the last one ended."""
         return dict(self._place.given_up)
 
     def sweeps_of_checked(self, jobs: Iterable[Job], entered: Callable[[list[int]], None]) -> Pending:
-        """As `Engine.sweeps_of_checked`."""
+        """See `Engine.sweeps_of_checked`."""
         pending = Pending(dict(enumerate(jobs)), [], self._abandon, entered)
         self._submit(pending.call)
         return pending
 
     def weights_digest(self) -> str | None:
-        """As `Engine.weights_digest`."""
+        """See `Engine.weights_digest`."""
         return self._place.digest()
 
     def compare_with_stock(
@@ -157,14 +159,14 @@ class RemoteEngine(Front):
         completions: Sequence[Completion],
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Findings:
-        """As `Engine.compare_with_stock`, on one device; raises `EngineError` when its process dies meanwhile.
+        """See `Engine.compare_with_stock`; runs on one device, and raises `EngineError` if its process dies.
 
-        Raises `UnsupportedError` where devices have a part of the weights each.
+        Raises `UnsupportedError` if each device holds only a part of the weights.
         """
         return self._place.compare(jobs, completions, progress)
 
     def close(self) -> None:
-        """End the processes after the sweep at hand, whose completions are delivered; waiting calls fail."""
+        """End the processes after the current sweep, whose completions are delivered; calls that still wait fail."""
         self._place.close()
 
     def _submit(self, call: Call) -> None:

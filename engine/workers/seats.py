@@ -1,4 +1,4 @@
-"""The devices that an engine is to run on, each with a process that waits."""
+"""The devices that an engine runs on, each with an idle worker process."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from engine.workers.process import WorkerProcess
 
 @dataclass(frozen=True, kw_only=True)
 class Seats:
-    """Devices, and what they may use."""
+    """The devices of an engine and what each may use."""
 
     policies: tuple[Policy, ...]
-    """One for each device, which it names."""
+    """One policy for each device, with that device's name."""
     processes: tuple[WorkerProcess | None, ...]
-    """For each device, one that waits, if one does."""
+    """An idle process for each device, or None."""
     memory: Memory | None = None
-    """What each device's engine may plan with; only of several."""
+    """The memory that each device's engine may plan with; None if there is only one device."""
     gather: bool = False
-    """Whether each keeps and brings a part of the weights, and all gather them."""
+    """Whether each device stores a part of the weights, and all parts are gathered for each layer."""
     stages: bool = False
-    """Whether each has a stage of the model."""
+    """Whether each device holds one stage of the model."""
     notes: tuple[str, ...] = ()
-    """Lines on devices that are left out, or not alike."""
+    """Warnings about devices that are left out or differ from the others."""
 
 
 def seats_for(policy: Policy, waiting: Sequence[WorkerProcess] = ()) -> Seats:
-    """The seats that `policy` means on this machine; `waiting` wait already: those that are not needed are ended.
+    """Choose the devices that `policy` names on this machine; of the idle processes `waiting`, surplus ones are ended.
 
-    The processes look at the devices: this one has no business there. Raises `InstallationError`, `ConfigError` or
-    `CapacityError` where the devices are not here, do not go together, or are busy.
+    The worker processes look at the devices, so that this process does not initialize them. Raises `InstallationError`,
+    `ConfigError` or `CapacityError` if devices are absent, do not go together, or are busy.
     """
     if not stands_for_several(policy.device):
         return Seats(policies=(policy,), processes=tuple(_first(list(waiting), 1)) or (None,))
@@ -97,7 +97,7 @@ def seats_for(policy: Policy, waiting: Sequence[WorkerProcess] = ()) -> Seats:
 
 
 def _on(policy: Policy, names: Sequence[str], seen: Seen) -> Policy:
-    """The policy of the only device; where the machine has no other one, as the user wrote it."""
+    """Return the policy for a single device; unchanged if the machine has no other device."""
     return replace(policy, device=names[0]) if names and (len(seen.devices) > 1 or policy.device == "all") else policy
 
 
@@ -114,14 +114,14 @@ def _free_bytes(policies: Sequence[Policy], found: Sequence[Seen]) -> dict[str, 
 
 
 def _first(processes: list[WorkerProcess], count: int) -> list[WorkerProcess]:
-    """The first of them; the others are ended."""
+    """Return the first `count` processes; the others are ended."""
     for each in processes[count:]:
         each.kill()
     return processes[:count]
 
 
 def seen_here(look: Look) -> Seen:
-    """What this process sees of the machine's devices and memory; loads torch."""
+    """Return the devices and memory that this process sees; loads torch."""
     import torch
 
     from engine.memory import accelerator

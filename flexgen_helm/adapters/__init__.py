@@ -1,4 +1,5 @@
-"""Models for other evaluation harnesses, each known to its harness once it is imported, and OpenAI's API.
+"""Models for other evaluation harnesses, which importing them registers with their harness, and OpenAI's API.
 
-Imports the engine, the harness in question, and of flexgen_helm `planning` and what knows how models think and spell.
+It imports the engine, the respective harness, `planning` and `workers` of flexgen_helm, and the parts of `helm` that
+know how models think and how tokens are spelled.
 """

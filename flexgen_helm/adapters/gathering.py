@@ -1,4 +1,4 @@
-"""Requests that coroutines ask one by one, handed to the engine in few calls."""
+"""Gathers requests that coroutines submit one by one, and hands them to the engine in few calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from engine.errors import EngineError
 from engine.job import Completion, Job
 
 _QUIET_S = 0.05
-"""A harness takes a few milliseconds to prepare a sample, and a sweep takes seconds."""
+"""Seconds without a new request before the engine is called: preparing a sample takes a harness milliseconds, a sweep
+seconds.
+"""
 _LONGEST_S = 2.0
 
 
@@ -47,7 +49,7 @@ class Gathering:
         self._waiting.append(asked)
         if len(self._waiting) == 1:
             call = asyncio.create_task(self._call())
-            self._calls.add(call)  # the loop itself would let it go
+            self._calls.add(call)  # keeps a reference: the loop itself has only a weak one
             call.add_done_callback(self._calls.discard)
         return await asked.answer
 

@@ -67,7 +67,7 @@ class GenerationSettings:
         defaults = {"top_k": _DEFAULT_TOP_K, "top_p": 1.0}
         given = [defaults, self._given, asked]
         found = {n: value for each in given for n in _SAMPLING if (value := each.get(n)) is not None}
-        return {"top_k": found["top_k"] or None, "top_p": found["top_p"]}  # 0 of `transformers` is no cut
+        return {"top_k": found["top_k"] or None, "top_p": found["top_p"]}  # `transformers` means no limit by 0
 
     @cached_property
     def _own_rules(self) -> LogitRules | None:
@@ -77,6 +77,6 @@ class GenerationSettings:
         if settings:
             told = ", ".join(f"{name} {value}" for name, value in settings.items())
             raise UnsupportedError(
-                f"generation_config.json in {self._path} asks for {told}, which is not supported; take it out of that "
-                "file if the model is to be run without"
+                f"generation_config.json in {self._path} sets {told}, which is not supported; remove it from that "
+                "file to run the model without it"
             )

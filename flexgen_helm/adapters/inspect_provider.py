@@ -100,7 +100,7 @@ class FlexGenAPI(HuggingFaceAPI):
         if base_url is not None:
             raise ConfigError(f"base_url {base_url}: the model runs here; leave it out")
         if config.max_connections is None and config.adaptive_connections is None and not config.batch:
-            config.max_connections = _MOST_CONNECTIONS  # the harness reads it there, and nowhere before its own rule
+            config.max_connections = _MOST_CONNECTIONS  # the harness reads it there before it applies its own rule
         named = Policy.load(policy)
         loaded = dataclasses.replace(
             named,
@@ -245,7 +245,7 @@ class FlexGenAPI(HuggingFaceAPI):
         template = str(self.tokenizer.get_chat_template()) if self._is_templated else ""
         try:
             probe = self._prompts.chat_text([{"role": "user", "content": "a"}]) if self._is_templated else "a"
-        except Exception:  # templates raise what they like
+        except Exception:  # templates can raise any exception
             probe = "a"
         return Reasoner.of(
             self.tokenizer,
@@ -271,4 +271,4 @@ def _refuse_what_is_not_carried_out(config: GenerateConfig) -> None:
     if config.prompt_logprobs not in (None, 1):
         raise ConfigError(f"prompt_logprobs {config.prompt_logprobs}: of the prompt's tokens alone (1)")
     if config.top_logprobs not in (None, 0, 1):
-        raise JobError(f"top_logprobs {config.top_logprobs}: the likeliest token alone is told (1)")
+        raise JobError(f"top_logprobs {config.top_logprobs}: only the most likely token can be returned (1)")

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness's model `flexgen`, known to it once this is imported: requests become jobs of the engine."""
+"""lm-evaluation-harness's model `flexgen`, registered when this is imported: requests become jobs of the engine."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _Names = Sequence[tuple[str, ...]]
 _Pair = tuple[list[int], list[int]]
 _SUPPORTED = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", *RULES)
 _MEANT = {"stop": "until", "stop_sequences": "until", "max_length": "max_gen_toks", "seed": "--seed of the harness"}
-"""Of generation arguments that others have, what the harness calls them."""
+"""The harness's names for generation arguments that other programs call differently."""
 
 
 class ThinkingError(ConfigError, ValueError):
-    """Continuations are to be scored by a model that is to think first; the harness's own model raises `ValueError`."""
+    """A model that is to think first cannot score continuations; the harness's own model raises `ValueError` for it."""
 
 
 class FlexGenLM(TemplateLM):
-    """Answers as `lm_eval.models.huggingface.HFLM` does, by an engine whose model may be larger than the GPU.
+    """Gives the answers of `lm_eval.models.huggingface.HFLM`, with an engine whose model may be larger than the GPU.
 
     `policy` is "auto", the name of a shipped policy, a YAML file or a mapping; `dtype`, `device`, `gpu_memory` and
-    `cpu_memory` ("16GB", "16GiB" or a number of GiB) override it.
-    `max_length` is the window in tokens, the model's own if left out. `revision` is a branch, tag or commit of a hub
-    id. `add_bos_token`, `prefix_token_id`, `think_end_token` (text, or a token's id), `enable_thinking` and
-    `chat_template_args` are HFLM's; so is the rule for a device that is not there: the harness's default is then the
-    policy's, or the CPU. Texts follow the checkpoint's generation_config.json, as HFLM's do. The harness gives every
-    model batch sizes, which mean nothing here: the policy sizes sweeps. `ray` (an address, auto, local, or
-    true), `workers`, `gpus_per_worker` and `no_wait` are flags of `flexgen-helm complete`. Raises `EngineError`; that
-    of a bad request names it and ends the evaluation.
+    `cpu_memory` ("16GB", "16GiB" or a number of GiB) override it. `max_length` is the context window in tokens, by
+    default the model's own. `revision` is a branch, tag or commit of a hub id. `add_bos_token`, `prefix_token_id`,
+    `think_end_token` (text, or a token's id), `enable_thinking` and `chat_template_args` mean what they mean in HFLM.
+    If the harness's default device does not exist, the policy's is used, or the CPU, as HFLM does. Generated texts
+    follow the checkpoint's generation_config.json, as HFLM's do. The batch sizes that the harness passes to every model
+    have no effect: the policy determines the size of sweeps. `ray` (an address, auto, local, or true), `workers`,
+    `gpus_per_worker` and `no_wait` are the flags of `flexgen-helm complete`. Raises `EngineError`; the error of a bad
+    request names the request and ends the evaluation.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class FlexGenLM(TemplateLM):
         super().__init__()
         refuse_others(others, inspect.signature(FlexGenLM).parameters.keys() - {"others"})
         if enable_thinking and think_end_token is None:
-            raise ConfigError("model_args: enable_thinking needs think_end_token, lest thoughts are taken for answers")
+            raise ConfigError("model_args: enable_thinking needs think_end_token, so that no thinking counts as answer")
         if not pretrained:
             raise ConfigError("model_args name no model; write pretrained=, a hub id or a directory")
         pretrained = with_revision(pretrained, None if revision is None else str(revision))
@@ -127,19 +127,19 @@ class FlexGenLM(TemplateLM):
         self._chat_template_args = {**(chat_template_args or {}), **thinking}
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes into its results, beside its own arguments and seeds: what answers were made with."""
+        """Return what the harness records besides its own arguments and seeds: what the answers were made with."""
         identity = {"weights": self.engine.weights_digest(), **self._beside_weights}
         made = {"policy": self.engine.policy.as_mapping(), "identity": identity, "window": self.max_length}
         return {"flexgen": {**made, **environment().as_mapping()}, "model_sha": commit_of(self._path) or ""}
 
     @property
     def eot_token_id(self) -> int | None:
-        """Id of the tokenizer's end of text, if it has one."""
+        """The id of the tokenizer's end-of-text token, if it has one."""
         return self.tokenizer.eos_token_id  # type: ignore[no-any-return]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without context: the beginning of text, else its end."""
+        """The token before a text without context: beginning-of-text, else end-of-text."""
         for token in (self._prefix_token_id, self.tokenizer.bos_token_id, self.eot_token_id):
             if token is not None:
                 return int(token)
@@ -147,22 +147,22 @@ class FlexGenLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in the harness's cache of requests."""
+        """The name of the tokenizer in the keys of the harness's request cache."""
         return self._pretrained.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of `string`; a beginning of text that is spelled out is not put there a second time."""
+        """Tokenize `string`; a beginning-of-text token that is spelled out in it is not added again."""
         return self._encode_all(string, add_special_tokens, window=self.max_length)
 
     def _encode_all(self, string: str, add_special_tokens: bool | None = None, window: int | None = None) -> list[int]:
-        """`tok_encode`, for a text that is cut into windows where `window` is None."""
+        """Like `tok_encode`, but with `window` None for texts that are cut into windows later."""
         check_characters(len(string), window)
         if add_special_tokens is None:
             return self._encode(string, self.tokenizer.decode(self.prefix_token_id))
         return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens))
 
     def tok_decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids."""
+        """Decode token ids."""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def _encode(self, text: str, beginning: str | None) -> list[int]:
@@ -170,7 +170,7 @@ class FlexGenLM(TemplateLM):
         return list(self.tokenizer.encode(text, **({} if special is None else {"add_special_tokens": special})))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The chat as text; without its system messages where the template refuses them."""
+        """Render the chat as text; without its system messages if the template refuses them."""
         _ = self._template_ends
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         options |= {"tokenize": False, **self._chat_template_args}
@@ -182,11 +182,11 @@ class FlexGenLM(TemplateLM):
 
     @cached_property
     def _template_ends(self) -> None:
-        """Nothing, once: the chat template ends."""
+        """Check once, by the cache of the property, that rendering the chat template terminates."""
         check_template_ends(self.tokenizer)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(log-probability, whether it is greedy) of each (context, continuation); not for models that are to think."""
+        """Return (log-probability, is greedy) of each (context, continuation); raises for a model that is to think."""
         if self.enable_thinking:
             names = ", ".join(sorted({str(name) for each in requests if (name := getattr(each, "task_name", None))}))
             raise ThinkingError(
@@ -198,7 +198,7 @@ class FlexGenLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-probability of the continuation, whether it is greedy) of each (strings, context, continuation)."""
+        """Return (log-probability of the continuation, is greedy) of each (strings, context, continuation)."""
         names, pairs = [request[0] for request in requests], [request[1:] for request in requests]
         answers = {}
         for place, answer in self._scored(pairs, names, disable_tqdm):
@@ -207,7 +207,7 @@ class FlexGenLM(TemplateLM):
         return [answers[place] for place in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows that overlap by one token of context."""
+        """Return the log-probability of each whole text, in windows that overlap by one token of context."""
         windows, owners = list[_Pair](), list[int]()
         for owner, tokens in enumerate(self._encode_all(request.args[0]) for request in requests):
             cut = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
@@ -223,7 +223,7 @@ class FlexGenLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Text generated for each (context, generation arguments), ending before its stops."""
+        """Generate a text for each (context, generation arguments), ending before its stop sequence."""
         jobs = [self._generation(*request.args) for request in requests]
         texts, names = {}, [request.args[:1] for request in requests]
         for place, done in self._run(jobs, names, disable_tqdm):
@@ -232,13 +232,13 @@ class FlexGenLM(TemplateLM):
         return [texts[place] for place in range(len(requests))]
 
     def _scored(self, pairs: Sequence[_Pair], names: _Names, quiet: bool) -> Iterator[tuple[int, tuple[float, bool]]]:
-        """Yield (place, (log-probability of the continuation, whether it is greedy)) as they come."""
+        """Yield (index, (log-probability of the continuation, is greedy)) as answers arrive."""
         jobs = []
         for (context, continuation), name in zip(pairs, names, strict=True):
             if not context or not 1 <= len(continuation) <= self.max_length:
                 sizes = f"{len(context)} + {len(continuation)} tokens"
                 raise JobError(f"{_name(name)}: {sizes}; each part needs one, the last may have {self.max_length}")
-            tokens = (context + continuation)[-(self.max_length + 1) :]  # the last one takes no place in the window
+            tokens = (context + continuation)[-(self.max_length + 1) :]  # the last token takes no place in the window
             jobs.append(Job(prompt=tuple(tokens), max_new_tokens=0, prompt_logprobs=True))
         for place, done in self._run(jobs, names, quiet):
             size = len(pairs[place][1])
@@ -249,7 +249,7 @@ class FlexGenLM(TemplateLM):
         kwargs: dict[str, Any] = dict(utils.normalize_gen_kwargs(gen_kwargs))
         is_sampled, temperature = kwargs.pop("do_sample"), float(kwargs.pop("temperature", 0.0))
         if is_sampled and temperature == 0.0:
-            raise ConfigError("generation arguments: do_sample=True needs a temperature above 0, as hf asks for, too")
+            raise ConfigError("generation arguments: do_sample=True needs a temperature above 0, as with hf")
         until = [
             each for each in utils.handle_stop_sequences(kwargs.pop("until"), eos=self.tokenizer.eos_token) if each
         ]
@@ -264,7 +264,8 @@ class FlexGenLM(TemplateLM):
             raise ConfigError(f"{_name((context,))}: max_gen_toks {count} leave no room in {self.max_length}; lower it")
         check_characters(len(context), self.max_length)
         prompt = tuple(self._encode(context, self.tokenizer.bos_token)[-room:])
-        # The harness seeds `random`: the same run draws the same samples, and repeats of a request draw others.
+        # The harness seeds `random`: a repeated run draws the same samples, and repeats of a request draw different
+        # ones.
         sampling = Sampling(temperature=temperature, seed=random.getrandbits(32))
         if is_sampled:
             sampling = dataclasses.replace(sampling, **self._settings.sampled(cuts))
@@ -272,20 +273,20 @@ class FlexGenLM(TemplateLM):
         return Job(prompt=prompt, max_new_tokens=count, sampling=sampling, stop=tuple(until))
 
     def _text(self, done: Completion, until: Sequence[Any]) -> str:
-        """The completion's text without special tokens, which the engine spells out."""
+        """Return the completion's text without special tokens, which the engine's text includes."""
         tokens, thought = list(done.tokens), self.think_end_token
-        beyond = len(self.tokenizer.decode(tokens)) - len(done.text)  # of the last token, where a stop begins inside it
+        beyond = len(self.tokenizer.decode(tokens)) - len(done.text)  # characters of the last token after the stop
         if isinstance(thought, int) and thought in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(thought) :]
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
-        if beyond and text != self.tokenizer.decode(tokens[:-1], skip_special_tokens=True):  # else it is a special one
+        if beyond and text != self.tokenizer.decode(tokens[:-1], skip_special_tokens=True):  # else it is special
             text = text[:-beyond]
         if isinstance(thought, int):
             text, thought = text.lstrip(), None
         return str(utils.postprocess_generated_text(text, list(until), thought))
 
     def _run(self, jobs: Sequence[Job], names: _Names, quiet: bool) -> Iterator[tuple[int, Completion]]:
-        """Yield (place, completion) as they come; all jobs go to the engine in one call."""
+        """Yield (index, completion) as answers arrive; all jobs go to the engine in one call."""
         for place, completion in tqdm(self.engine.stream(jobs), "flexgen", len(jobs), disable=quiet):
             if completion.error is not None:
                 raise type(completion.error)(f"{_name(names[place])}: {completion.error}")

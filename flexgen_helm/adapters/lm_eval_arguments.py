@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness tells a model beside its requests: model_args, and the device."""
+"""The arguments that lm-evaluation-harness passes to a model: model_args and the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.memory import accelerator
 from engine.reading import parse_bytes
 
 _DEFAULT_DEVICE = "cuda:0"
-"""What the harness asks for where nobody names a device."""
+"""The device that the harness passes if the user names none."""
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
     "backend": ("default", "causal"),
@@ -21,7 +21,7 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "parallelize": (False,),
     "subfolder": ("",),
 }
-"""Arguments of the harness's `hf` model that ask for nothing else than is done here, with the values that do so."""
+"""Arguments of the harness's `hf` model, with the values that request no more than what is done here."""
 _SAID_HERE = {
     "trust_remote_code": "code of a model's directory is never run",
     "peft": "name the adapter as pretrained; its base model is found by its adapter_config.json",
@@ -41,25 +41,25 @@ _SAID_HERE = {
     "gptqmodel": "a quantized checkpoint needs no argument",
     "attn_implementation": "attention is the engine's own",
 }
-"""Arguments of the `hf` model that are not carried out, and what to do instead."""
+"""Arguments of the harness's `hf` model that are not supported, with what to do instead."""
 
 
 def refuse_others(given: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raise `ConfigError` for the first argument that is not carried out; batch sizes mean nothing and pass."""
+    """Raise `ConfigError` for the first unsupported argument; batch sizes are ignored."""
     for name, value in given.items():
         if name in ("batch_size", "max_batch_size") or value is None or value in _HARMLESS.get(name, ()):
             continue
         if name in _SAID_HERE:
             raise ConfigError(f"model_args: {name}={value} is not supported: {_SAID_HERE[name]}; leave it out")
         nearest = did_you_mean(name, known)
-        template = "" if "did you mean" in nearest else "; what a chat template is told goes into chat_template_args"
+        template = "" if "did you mean" in nearest else "; put arguments of the chat template into chat_template_args"
         raise ConfigError(f"model_args: unknown argument {name!r}{nearest}{template}")
 
 
 def device_asked(asked: str | None, of_policy: str | tuple[str, ...], *, is_here: bool = True) -> str | tuple[str, ...]:
-    """The device to run on: a harness's default that nobody may have asked for yields, as the `hf` model lets it.
+    """Choose the device to run on: as in the `hf` model, the harness's default gives way where it does not exist.
 
-    `is_here`: whether it is to be one of this machine.
+    `is_here`: whether the model runs on this machine.
     """
     if asked is None or (asked == _DEFAULT_DEVICE and (of_policy != "auto" or not is_here)):
         return of_policy
@@ -70,14 +70,14 @@ def device_asked(asked: str | None, of_policy: str | tuple[str, ...], *, is_here
 
 
 def limit(size: str | float | None, name: str, otherwise: int | None) -> int | None:
-    """A limit in bytes; `otherwise` where none is given. Raises `ConfigError` for what is no size."""
+    """Parse a limit in bytes; returns `otherwise` if there is none. Raises `ConfigError` for an invalid size."""
     return otherwise if size is None else parse_bytes(size, f"model_args: {name}")
 
 
 def check_stops(until: Collection[str], think_end_token: str | int | None) -> None:
-    """Raise `ConfigError` for a stop that begins inside the end of thinking, or holds it.
+    """Raise `ConfigError` for a stop that begins inside the end-of-thinking marker, or contains it.
 
-    A text ends before its stop here, so that where the thinking ends would not show any more.
+    A generated text ends before its stop, so that the end of thinking could no longer be found in it.
     """
     if not isinstance(think_end_token, str):
         return

@@ -26,7 +26,7 @@ def left_out(full: PreTrainedConfig, small: PreTrainedConfig, longest: int) -> l
     try:
         large, little = _module_kinds(full), _module_kinds(small)
     except Exception as error:  # at full size something is missing that shrinking gave it
-        found.append(f"what a model of full size is made of could not be compared ({named(error)})")
+        found.append(f"the modules of the full-size model could not be compared ({named(error)})")
     else:
         found += [f"the copy has no {kind}" for kind in sorted(large - little)]
     for key, value in _settings(_text(small)):

@@ -80,7 +80,7 @@ def plan_here(shape: ModelShape, memory: Memory, *, on_cpu: bool) -> str:
     try:
         plan: Plan = make_plan(shape, Policy(), memory, on_cpu=on_cpu)
     except CapacityError as error:
-        return f"does not fit this machine as it is{', on the CPU' if on_cpu else ''}: {error}"
+        return f"does not fit on this machine{', on the CPU' if on_cpu else ''}: {error}"
     weights = plan.weights
     if on_cpu:
         return f"fits this machine's memory ({gb(memory.host)} may be used), on the CPU"

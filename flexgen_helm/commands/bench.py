@@ -54,7 +54,9 @@ def bench_parser() -> Parser:
 
     parser = Parser(prog="flexgen-helm bench", description=__doc__, examples=EXAMPLES)
     parser.group("model").add_argument(
-        "--shape", default="opt-30b", help=f"{', '.join(SHAPES)}, or a model directory or config.json (its shape only)"
+        "--shape",
+        default="opt-30b",
+        help=f"{', '.join(SHAPES)}, or a model directory or config.json, of which only the shape is used",
     )
     work = parser.group("what to run")
     work.add_argument("--rows", nargs="+", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="workloads to time, one row each")
@@ -63,14 +65,21 @@ def bench_parser() -> Parser:
         nargs="*",
         type=int,
         metavar="N",
-        help=f"a row of 512 in, 32 out for each number of sequences ({' '.join(map(str, CURVE))})",
+        help=f"time 512 prompt and 32 new tokens for each number of sequences (default: {' '.join(map(str, CURVE))})",
     )
     policy = parser.group("policy")
     policy.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
-    policy.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU, such as 16GB")
-    policy.add_argument("--percent", nargs=6, type=int, metavar="P", help="FlexGen's six numbers, over the policy's")
+    policy.add_argument("--gpu-memory", metavar="SIZE", help="limit of what torch reserves on the GPU, such as 16GB")
+    policy.add_argument(
+        "--percent", nargs=6, type=int, metavar="P", help="FlexGen's six percents, which override the policy's"
+    )
     output = parser.group("output")
-    output.add_argument("--out", type=Path, default=Path("benchmark_output/bench"), help="directory of the JSON record")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmark_output/bench"),
+        help="directory of the JSON record (default: %(default)s)",
+    )
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

@@ -39,9 +39,9 @@ def check_parser() -> Parser:
         prog="flexgen-helm check", description=__doc__, epilog=EPILOG, examples=EXAMPLES, texts=("changes",)
     )
     parser.add_argument("model", metavar="MODEL", help="a hub id, a model directory, a GGUF file, or a config.json")
-    told = "settings of the copy, such as head_dim=16 or use_cache=false, in place of those of its config.json"
+    told = "settings that replace those of config.json in the copy, such as head_dim=16 or use_cache=false"
     parser.add_argument("changes", metavar="KEY=VALUE", nargs="*", help=told)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all findings to FILE")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

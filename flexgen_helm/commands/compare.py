@@ -22,8 +22,8 @@ MOST_ROWS = 12
 DESCRIPTION = """
 Compare suite B with an earlier suite A. Exit code 0: nothing is worse. 1: a score is worse by more than chance explains
 (bootstrap over instances, paired where both suites have the same ones, corrected by Holm for the number of scores), a
-run is missing, failed or without score, or a model computes fewer tokens a second on the same hardware for the same
-work, by more than the threshold. 2: bad input. What has become better is shown and is no failure.
+run is missing, failed or without a score, or a model computes fewer tokens per second for the same work on the same
+hardware, by more than --slowdown. 2: bad input. Improvements are shown and do not change the exit code.
 """
 EXAMPLES = (
     "flexgen-helm compare 2026-11-28 2026-11-29",
@@ -53,15 +53,27 @@ def compare_parser() -> Parser:
     """The command line of `flexgen-helm compare`."""
     parser = Parser(prog="flexgen-helm compare", description=DESCRIPTION, examples=EXAMPLES)
     parser.add_argument("before", metavar="A", help="a suite's directory, or its name in --output-path")
-    parser.add_argument("after", metavar="B", help="the later one")
+    parser.add_argument("after", metavar="B", help="the later suite, written likewise")
     parser.add_argument(
-        "--slowdown", type=float, default=SLOWDOWN, help="share of tokens a second (default: %(default)s)"
+        "--slowdown",
+        type=float,
+        default=SLOWDOWN,
+        help="loss of speed that is too much, as a fraction (default: %(default)s)",
     )
     parser.add_argument(
-        "--confidence", type=float, default=CONFIDENCE, help="of all scores together (default: %(default)s)"
+        "--confidence",
+        type=float,
+        default=CONFIDENCE,
+        help="confidence level for all scores together (default: %(default)s)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole comparison there, too")
-    parser.add_argument("-o", "--output-path", type=Path, default=Path("benchmark_output"), help="default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the whole comparison to FILE")
+    parser.add_argument(
+        "-o",
+        "--output-path",
+        type=Path,
+        default=Path("benchmark_output"),
+        help="directory of the suites (default: %(default)s)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

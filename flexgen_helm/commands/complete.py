@@ -33,12 +33,13 @@ _SHOWN = 20
 
 _FORMAT = """\
 
-a line of JSON in: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, and if you like "id",
-"metadata", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_completions";
-out: index, sample, what was given, completion, finish_reason, num_tokens, logprob (natural, summed) or error.
+a line of input: {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, with any of "id",
+"metadata", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop", "num_completions".
+a line of output: index, sample, the line's own fields, completion, finish_reason, num_tokens, logprob (sum of
+natural logs) or error.
 
-with --format openai a line is a request of OpenAI's batch files, for /v1/completions or /v1/chat/completions, and comes
-back as they write it. Lines that cannot be carried out are answered with an error; the others run.
+with --format openai, input and output are OpenAI's batch files, for /v1/completions and /v1/chat/completions. A line
+with an unsupported request is answered with an error; the other lines run.
 """
 EXAMPLES = (
     "flexgen-helm complete --model facebook/opt-30b --policy opt-30b-t4 -i prompts.txt -o answers.jsonl",
@@ -64,33 +65,67 @@ def complete_parser() -> Parser:
     model = parser.group("model")
     model.add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
     add_cluster_flags(model)
-    asked = parser.group("what to ask")
-    asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; or give --input")
-    asked.add_argument("-i", "--input", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
-    asked.add_argument("--jsonl", action="store_true", help="the input is JSONL, whatever its name")
+    asked = parser.group("prompts and sampling")
+    asked.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; alternatively --input")
+    asked.add_argument(
+        "-i", "--input", metavar="FILE", help="file with one prompt per line, or .jsonl; - is standard input"
+    )
+    asked.add_argument("--jsonl", action="store_true", help="read the input as JSONL, whatever its name")
     asked.add_argument(
         "--format",
         choices=("own", "openai"),
         default="own",
-        help="of input and output: the lines below, or OpenAI's batch files (own)",
+        help="format of input and output: own, as below (default), or OpenAI's batch files",
     )
     asked.add_argument(
-        "--served-model-name", metavar="NAME", help="what the bodies of --format openai call the model (--model)"
+        "--served-model-name", metavar="NAME", help="name of the model in bodies of --format openai (default: --model)"
     )
-    asked.add_argument("--chat", action="store_true", help="every prompt is a user's message for the chat template")
-    asked.add_argument("--skip-bad", action="store_true", help="run the others when some prompts are invalid")
-    asked.add_argument("-n", "--num-completions", type=int, default=1, metavar="N", help="completions per prompt (1)")
-    asked.add_argument("--max-new-tokens", type=int, default=Settings.max_new_tokens, metavar="N", help="(64)")
-    asked.add_argument("--temperature", type=float, default=Settings.temperature, metavar="T", help="0 is greedy (0)")
+    asked.add_argument(
+        "--chat", action="store_true", help="render every prompt as a user's message through the chat template"
+    )
+    asked.add_argument("--skip-bad", action="store_true", help="skip invalid prompts and run the others")
+    asked.add_argument(
+        "-n", "--num-completions", type=int, default=1, metavar="N", help="completions per prompt (default: 1)"
+    )
+    asked.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=Settings.max_new_tokens,
+        metavar="N",
+        help="most tokens to generate (default: 64)",
+    )
+    asked.add_argument(
+        "--temperature",
+        type=float,
+        default=Settings.temperature,
+        metavar="T",
+        help="sampling temperature; 0 is greedy (default: 0)",
+    )
     asked.add_argument("--top-k", type=int, metavar="K", help="sample among the K most likely tokens")
-    asked.add_argument("--top-p", type=float, default=Settings.top_p, metavar="P", help="nucleus sampling (1)")
-    asked.add_argument("--seed", type=int, metavar="N", help="seed of a prompt's first sample; drawn if left out")
     asked.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help=r"ends a completion; \n is a new line; repeatable"
+        "--top-p",
+        type=float,
+        default=Settings.top_p,
+        metavar="P",
+        help="sample among tokens of total probability P (default: 1)",
+    )
+    asked.add_argument("--seed", type=int, metavar="N", help="seed of a prompt's first sample (default: random)")
+    asked.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=r"end completions before TEXT, in which \n is a new line; the flag may be repeated",
     )
     add_policy_flags(parser.group("policy", POLICY))
     output = parser.group("output")
-    output.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSONL, continued if it exists")
+    output.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="JSONL file to write, continued if it exists (default: standard output)",
+    )
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

@@ -1,4 +1,4 @@
-"""`flexgen-helm doctor`: what this machine has and what is missing; imports no HELM."""
+"""`flexgen-helm doctor`: shows what this machine has and what is missing; imports no HELM."""
 
 from __future__ import annotations
 
@@ -186,9 +186,13 @@ def doctor_parser() -> Parser:
     """The command line of `flexgen-helm doctor`."""
     examples = ("flexgen-helm doctor", "flexgen-helm doctor --profile --offload-dir /data/offload")
     parser = Parser(prog="flexgen-helm doctor", description=__doc__, examples=examples)
-    parser.add_argument("--offload-dir", default=".", help="directory of the disk tier to look at (default: here)")
     parser.add_argument(
-        "--profile", action="store_true", help="measure device, link, host and disk instead, and keep what was measured"
+        "--offload-dir", default=".", help="directory for offloaded data, whose disk is examined (default: .)"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="measure device, link, host and disk, and keep the results as the machine's hardware profile",
     )
     return parser
 

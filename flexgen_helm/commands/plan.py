@@ -1,8 +1,9 @@
-"""`flexgen-helm plan`: the policy with the least estimated time for a workload, or what run entries will take.
+"""`flexgen-helm plan`: finds the policy with the least estimated time for a workload, or estimates run entries.
 
-A workload is written RUNSxJOBSxSHARED+OWN:NEW, as for `bench`. The machine is this one, as `doctor --profile` measured
-it, or another by its profile. With files of run entries in place of --shape, as for `sweep`, HELM makes all of their
-requests, and time, tokens, bytes and room are those that they take; `flexgen-helm plan CONF --help` shows its flags.
+A workload is written RUNSxJOBSxSHARED+OWN:NEW, as for `bench`. The estimate is for this machine, as measured by `doctor
+--profile`, or for the machine of another profile. With files of run entries in place of --shape, as for `sweep`, HELM
+makes all of their requests, and the command estimates their time, tokens, bytes and memory; `flexgen-helm plan CONF
+--help` shows the flags for that.
 """
 
 from __future__ import annotations
@@ -51,18 +52,23 @@ def plan_parser() -> Parser:
         "--shape", required=True, help=f"a model directory, its config.json, or one of {', '.join(SHAPES)}"
     )
     parser.group("what to run").add_argument(
-        "--work", default="1x100x400+100:1", metavar="RUNSxJOBSxSHARED+OWN:NEW", help="the workload"
+        "--work",
+        default="1x100x400+100:1",
+        metavar="RUNSxJOBSxSHARED+OWN:NEW",
+        help="the workload (default: %(default)s)",
     )
     limits = parser.group("policy", "the machine, and what of it may be used")
     limits.add_argument(
         "--hardware", metavar="PROFILE", help="a shipped profile's name or a file (default: this machine's)"
     )
     add_memory_flags(limits)
-    limits.add_argument("--offload-dir", metavar="DIR", help="let weights and caches go to disk, there")
-    limits.add_argument("--disk", default="1TB", metavar="SIZE", help="room on that disk (1TB)")
-    limits.add_argument("--allow-compression", action="store_true", help="codes of 8 and 4 bits too: scores change")
+    limits.add_argument("--offload-dir", metavar="DIR", help="allow weights and caches on disk, in DIR")
+    limits.add_argument("--disk", default="1TB", metavar="SIZE", help="free space on that disk (default: 1TB)")
+    limits.add_argument(
+        "--allow-compression", action="store_true", help="also consider 8 and 4 bits, which change scores"
+    )
     output = parser.group("output")
-    output.add_argument("--write", type=Path, metavar="FILE", help="write the policy, for --policy")
+    output.add_argument("--write", type=Path, metavar="FILE", help="write the policy to FILE, for --policy")
     told = "draw time and memory over the percents of weights on the GPU, as .png or .svg (needs matplotlib)"
     output.add_argument("--plot", type=Path, metavar="FILE", help=told)
     output.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -74,10 +80,10 @@ ENTRIES_EXAMPLES = (
     "flexgen-helm plan -r mmlu:subject=anatomy --model ./my-model --hardware t4",
 )
 ENTRIES_DESCRIPTION = """
-Make all requests of run entries, as `sweep` does before it computes, and say what they will take: time, tokens, bytes
-over the link and from disk, and room on every tier. Loads no weights, computes nothing, and writes nothing but the
-data that scenarios download. What HELM's cache in --local-path answers is left out; where it holds answers, the digest
-of the weight files, by which they are known, is computed and kept, too.
+Make all requests of run entries, as `sweep` does before it computes, and estimate what they will take: time, tokens,
+bytes over the link and from disk, and memory on every tier. Loads no weights, computes nothing, and writes nothing but
+the data that scenarios download. Requests that HELM's cache in --local-path can answer are left out; to find these, the
+digest of the weight files is computed and stored if the cache holds any answers.
 """
 _USELESS = (
     "server_url",
@@ -94,7 +100,7 @@ def entries_parser() -> Parser:
     """The command line of `flexgen-helm plan CONF`; imports neither HELM nor torch."""
     parser = run_parser("flexgen-helm plan", ENTRIES_DESCRIPTION, ENTRIES_EXAMPLES)
     parser.usage = "flexgen-helm plan CONF ... [FLAGS]"
-    told = "files of run entries, or names of shipped ones; as -c"
+    told = "files of run entries, or names of shipped ones, like -c"
     parser.group("what to run").add_argument("conf", nargs="*", metavar="CONF", help=told)
     parser.group("policy").add_argument(
         "--hardware", metavar="PROFILE", help="a shipped profile's name or a file (default: this machine's)"
@@ -224,7 +230,7 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
             shown = ", ".join(f"{each} {_s(times[each])}" for each in by_time if times[each] >= least)
             yield f"{name}: bound by {by_time[0]} ({shown})"
     if found.hidden_s > 0:
-        yield f"prompts come in a few at a time: {_s(found.hidden_s)} of what comes to the device comes beside them"
+        yield f"prompts are admitted a few at a time: {_s(found.hidden_s)} of transfers to the device happen meanwhile"
     cache, limits = found.plan.cache_budgets, found.plan.limits
     for tier, place in zip(TIERS, ("GPU", "host", "disk"), strict=True):
         held = f"{found.weights[tier] / 1e9:.1f} GB of weights"

@@ -63,6 +63,6 @@ def _rows(measured: HardwareProfile) -> Iterator[tuple[str, float, str]]:
     for dtype, rate in measured.host_attention_bytes_s.items():
         yield f"attention on the host, {dtype}", rate, "B/s"
         if measured.host_attention_beside_copy_bytes_s != measured.host_attention_bytes_s:
-            yield "  beside a copy to the device", measured.host_attention_beside_copy_bytes_s[dtype], "B/s"
+            yield "  during a copy to the device", measured.host_attention_beside_copy_bytes_s[dtype], "B/s"
     yield "disk, read", measured.disk_read_bytes_s, "B/s"
     yield "disk, write", measured.disk_write_bytes_s, "B/s"

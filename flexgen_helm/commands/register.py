@@ -1,4 +1,4 @@
-"""`flexgen-helm register`: writes a model's HELM entries once, for plain helm-run."""
+"""`flexgen-helm register`: writes a model's HELM entries, so that plain helm-run can run it on the engine."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ def register_parser() -> Parser:
     parser = Parser(prog="flexgen-helm register", description=__doc__, examples=EXAMPLES)
     model = parser.group("model")
     model.add_argument("model", metavar="MODEL", help="hub id, directory or GGUF file of the model")
-    model.add_argument("--name", help="HELM's name of the model, organization/model (default: from MODEL)")
+    model.add_argument("--name", help="HELM's name for the model, organization/model (default: from MODEL)")
     add_length_flag(model)
     add_shaping_flags(model)
     policy = parser.group("policy", "written into the deployment; the limits override what --policy says")
     policy.add_argument("--policy", default="auto", help="a shipped policy's name, a YAML file, or auto (default)")
     add_memory_flags(policy)
     output = parser.group("output")
-    output.add_argument("--local-path", default="prod_env", metavar="DIR", help="HELM's --local-path (prod_env)")
+    output.add_argument(
+        "--local-path", default="prod_env", metavar="DIR", help="HELM's --local-path (default: prod_env)"
+    )
     output.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

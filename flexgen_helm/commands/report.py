@@ -14,9 +14,9 @@ from flexgen_helm.terminal.parser import Parser
 
 HTML_NAME = "report.html"
 DESCRIPTION = """
-Write report.html, a page that needs nothing else, and report.json into a suite's directory: scores beside the
-previous suite's and a reference's, speed, where the time went, drift, failed runs, and the trend of the last suites.
-A sweep does so at its end; the suites of plain helm-run and unfinished ones have a report, too.
+Write report.html, a self-contained page, and report.json into a suite's directory: scores compared with the
+previous suite's and a reference's, speed, where the time went, drift, failed runs, and the trend of the last suites. A
+sweep does this at its end; this command also works on unfinished suites and on those of plain helm-run.
 """
 EXAMPLES = (
     "flexgen-helm report 2026-11-29",
@@ -46,9 +46,18 @@ def report_parser() -> Parser:
         help="suite to compare with (default: the latest earlier sweep in the same directory)",
     )
     parser.add_argument(
-        "--reference", type=Path, metavar="PATH", help="a suite of helm-run's, or a fidelity.json of verify's"
+        "--reference",
+        type=Path,
+        metavar="PATH",
+        help="reference scores: a suite of helm-run, or a fidelity.json of verify",
     )
-    parser.add_argument("-o", "--output-path", type=Path, default=Path("benchmark_output"), help="default: %(default)s")
+    parser.add_argument(
+        "-o",
+        "--output-path",
+        type=Path,
+        default=Path("benchmark_output"),
+        help="directory of the suites (default: %(default)s)",
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 

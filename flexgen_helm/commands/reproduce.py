@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from flexgen_helm.helm.records.provenance import Provenance
 
 DESCRIPTION = """
-Run a finished run again from flexgen_run.json, the record that `run` and `sweep` write next to its files: the same
-run spec, checkpoint, policy, number format and date, with the installed software and on this machine. Every request is
-computed again, whatever HELM's cache has, and nothing of the run is changed. Exit code 0: requests, answers,
-statistics and score are equal, up to rounding in log-probabilities. 1: something differs. 2: bad input, such as a
-directory without a record, or a checkpoint that has changed since.
+Run a finished run again from flexgen_run.json, the record that `run` and `sweep` write next to its files: with the same
+run spec, checkpoint, policy, dtype and date, on this machine with its installed software. Every request is computed
+again, whatever HELM's cache holds, and the run's files are not changed. Exit code 0: requests, answers, statistics and
+score are equal, up to rounding in log-probabilities. 1: something differs. 2: bad input, such as a directory without a
+record, or a checkpoint that has changed since.
 """
 EXAMPLES = (
     "flexgen-helm reproduce benchmark_output/runs/nightly/mmlu:subject=anatomy,model=facebook_opt-30b",
@@ -65,7 +65,7 @@ def reproduce_parser() -> Parser:
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="a run's directory, in benchmark_output/runs/SUITE"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of the comparison there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the whole comparison to FILE")
     parser.add_argument("--debug", action="store_true", help="show tracebacks and HELM's own log")
     parser.set_defaults(log_config=None)
     return parser

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from flexgen_helm.sweeps.log import JsonLog
 
 DESCRIPTION = """
-Run the entries of files as one suite: the requests of all runs of a model go to the engine together, each run's
-scores are written as soon as its last answer is there, and every answer is kept when the sweep that made it ends.
-Killed at any moment, the same command continues from there. Runs that fail do not affect the others; they are listed
-at the end.
+Run the entries of files as one suite. The requests of all runs of a model go to the engine together. Each run's scores
+are written as soon as its last answer is there, and answers are stored at the end of every pass over the model: if the
+command is stopped or killed, the same command continues from there. Runs that fail do not affect the others; they are
+listed at the end.
 """
 EXAMPLES = (
     "flexgen-helm sweep nightly --suite 2026-11-29 --model facebook/opt-30b --policy opt-30b-t4",
@@ -45,16 +45,18 @@ def sweep_parser() -> Parser:
     """The command line of `sweep`; imports neither HELM nor torch."""
     parser = run_parser("flexgen-helm sweep", DESCRIPTION, EXAMPLES)
     parser.usage = "flexgen-helm sweep CONF ... --suite SUITE [FLAGS]"
-    told = "files of run entries, or names of shipped ones; as -c"
+    told = "files of run entries, or names of shipped ones, like -c"
     parser.group("what to run").add_argument("conf", nargs="*", metavar="CONF", help=told)
     model = parser.group("model")
-    told = "chat model that gives the verdicts for which HELM's annotators name API models; may be --model's own"
+    told = "chat model that gives verdicts in place of the API models of HELM's annotators; may be --model itself"
     model.add_argument("--judge", metavar="MODEL", help=told)
-    model.add_argument("--judge-policy", metavar="POLICY", help="policy of the judge, like --policy (default: auto)")
+    model.add_argument(
+        "--judge-policy", metavar="POLICY", help="policy of the judge, written like --policy (default: auto)"
+    )
     add_cluster_flags(model)
     output = parser.group("output")
-    output.add_argument("--suite", help="name of the suite (required): the directory of its runs")
-    output.add_argument("--json-log", metavar="FILE", help="append what happens to FILE, as lines of JSON")
+    output.add_argument("--suite", help="name of the suite (required): its runs are in DIR/runs/SUITE")
+    output.add_argument("--json-log", metavar="FILE", help="append events to FILE, as lines of JSON")
     add_stop_flag(parser)
     # HELM's adapters and metrics are Python: more threads make them slower.
     parser.set_defaults(num_threads=1, suite=None)

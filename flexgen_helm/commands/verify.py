@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 NUM_INSTANCES = 32
 DESCRIPTION = f"""
-Run HELM entries through the offloading engine, compute the same requests by plain transformers on the same,
-uncompressed weights, and show how near the two are: log-probabilities of our tokens, greedy tokens up to the first
-that differs, texts, and the score. Also written to fidelity.json in each run's directory. By default
-{NUM_INSTANCES} instances of each run, in the suite "verify". Every request is computed anew, whatever HELM's cache
-holds. A difference that rounding does not explain is called drift; it does not change the exit code, which is 1 for
-a run that failed and 2 for bad input. A model that host memory cannot hold as a whole is compared layer by layer: the
-engine's weights pass once more, stock layers of transformers compute beside its own, and the layer that differs most
-is named.
+Run HELM entries on the offloading engine, compute the same requests by plain transformers with the same, uncompressed
+weights, and compare log-probabilities of the engine's tokens, greedy tokens up to the first that differs, texts, and
+the score. The result is also written to fidelity.json in each run's directory. By default
+{NUM_INSTANCES} instances of each run are computed, in the suite "verify". Every request is computed again, whatever
+HELM's cache holds. A difference that rounding does not explain is called drift; it does not change the exit code, which
+is 1 if a run failed and 2 for bad input. A model that does not fit into host memory is compared layer by layer: the
+engine's weights are loaded once more, stock layers of transformers compute next to the engine's own, and the layer that
+differs most is named.
 """
 
 

@@ -1,4 +1,4 @@
-"""Runs a finished run again from its record, in a directory of its own, with nothing taken from a cache of requests."""
+"""Runs a finished run again from its record, in a separate directory, without using a request cache."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def _run_spec(run_path: Path) -> RunSpec:
             )
     if needs_judge(run_spec):
         raise ConfigError(
-            f"{run_path} was judged by another model, whose part is not made again; to see whether its answers come "
-            "out again, run the entry in a suite of its own, without --judge, and compare the two scenario_state.json"
+            f"{run_path} was judged by another model, whose verdicts are not reproduced; to compare answers, run the "
+            "entry in a new suite without --judge, and compare the two scenario_state.json files"
         )
     return run_spec
 
 
 def _class_names(run_spec: RunSpec) -> Iterator[str]:
-    """Of all classes that HELM makes objects of when it runs the run."""
+    """Yield the names of all classes of which HELM creates objects when it executes the run."""
     augmenter = run_spec.data_augmenter_spec
     specs = [run_spec.scenario_spec, *run_spec.metric_specs, *(run_spec.annotators or ())]
     for spec in [*specs, *(augmenter.perturbation_specs if augmenter else ())]:
@@ -96,7 +96,7 @@ def _class_names(run_spec: RunSpec) -> Iterator[str]:
 
 
 def _entries(found: Provenance) -> Entries:
-    """HELM's entries of the model, under the policy and number format of the record."""
+    """HELM's entries of the model, with the policy and dtype of the record."""
     try:
         deployment = found.entries["deployment"]
         if deployment["client_spec"]["class_name"] != CLIENT:
@@ -116,7 +116,7 @@ def _entries(found: Provenance) -> Entries:
         )
     except EngineError:
         raise
-    except Exception as error:  # whatever is in the record, and whatever cattrs makes of it
+    except Exception as error:  # the record may hold anything, and cattrs may raise anything
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"the record of {found.run} does not say how HELM knew the model ({reason})") from None
 
@@ -128,7 +128,7 @@ def _structured(mapping: Mapping[str, Any], kind: type[Any]) -> Any:
 
 
 def _check_checkpoint(found: Provenance, entries: Entries) -> None:
-    """Raise `CheckpointError`, with both identities, where the checkpoint is not the one of the record."""
+    """Raise `CheckpointError`, with both identities, if the checkpoint differs from the record's."""
     model = source_of(entries.deployment)
     policy = Policy.load(entries.deployment.client_spec.args["policy"])
     then, now = (
@@ -138,9 +138,7 @@ def _check_checkpoint(found: Provenance, entries: Entries) -> None:
     if not then.keys() >= {"weights", "files"}:
         raise ConfigError(f"the record of {found.run} does not say which checkpoint answered; run it again")
     if told := differences(then, now):
-        raise CheckpointError(
-            f"{model} has changed since the run was made: other {told}; put the files back that were there"
-        )
+        raise CheckpointError(f"{model} has changed since the run was made: other {told}; restore the former files")
 
 
 def _run(run_spec: RunSpec, began: datetime, scratch: Path, local_path: Path) -> None:
@@ -159,7 +157,7 @@ def _run(run_spec: RunSpec, began: datetime, scratch: Path, local_path: Path) ->
     try:
         runner.run_all([run_spec])
     except RunsFailed as error:
-        # Requests that fail now are a finding, if HELM has written the run all the same.
+        # Requests that fail now are a finding, if HELM has written the run nevertheless.
         if not (scratch / "runs" / _SUITE / run_spec.name / "stats.json").is_file():
             (reason,) = error.failures.values()
             told = str(reason) if isinstance(reason, EngineError) else f"{type(reason).__name__}: {reason}"

@@ -68,14 +68,16 @@ class Comparison:
     """The states; those of sampled requests, of requests that the reference fails, too, and of those without a known
     reference answer are unchanged."""
     num_requests: int
-    """Compared ones; failed ones have nothing to compare."""
+    """The compared requests; failed ones have nothing to compare."""
     num_failed: int
     """Requests that our engine did not answer."""
     num_failed_here: int
     """The number of failed requests that the reference does answer; it does not run sampled ones, nor any where it
     does not decode."""
     num_untold: int = 0
-    """Greedy requests that the reference goes on with otherwise than we do, without telling how: it does not decode."""
+    """Greedy requests whose continuation by the reference differs but is unknown, because the reference does not
+    decode.
+    """
 
 
 def compare(
@@ -87,9 +89,9 @@ def compare(
 ) -> Comparison:
     """Compute each request of a run by the reference and compare.
 
-    `states` are the run's, with our results; `completion_of` gives what our engine made of a job, ids and all, which
-    HELM's results have not. The reference sees the very ids that our engine saw. Its log-probabilities are those of
-    our tokens, so that a divergence does not spoil the comparison of what follows it.
+    `states` are the run's, with our results; `completion_of` returns our engine's completion of a job, with the token
+    ids that HELM's results lack. The reference gets the very ids that our engine got. Its log-probabilities are those
+    of our tokens, so that a divergence does not spoil the comparison of the tokens after it.
     """
     compared: list[Compared] = []
     theirs: list[RequestState] = []
@@ -147,14 +149,14 @@ def _is_greedy(job: Job) -> bool:
 
 
 def _answer(job: Job, reference: Oracle) -> Completion:
-    """What the reference answers to a greedy job; `EngineError` where it is not finite."""
+    """Return the reference's answer to a greedy job; `EngineError` if it is not finite."""
     decoded = reference.greedy(job, Completion()) if job.max_new_tokens else Completion(finish_reason="length")
     forced = reference.force(job, decoded.tokens)
     return replace(decoded, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)
 
 
 def _compare_job(state: RequestState, job: Job, ours: Completion, reference: Oracle) -> tuple[Compared, Completion]:
-    """Compare one completion; returns with it what the reference answers (of a sampled job: our tokens, forced)."""
+    """Compare one completion; also returns the reference's answer (for a sampled job: our tokens, forced)."""
     forced = reference.force(job, ours.tokens)
     differences = list(_differences(state, ours, forced))
     is_greedy = _is_greedy(job)
@@ -177,7 +179,7 @@ def _compare_job(state: RequestState, job: Job, ours: Completion, reference: Ora
     )
     if decoded.tokens != ours.tokens:
         compared = replace(compared, margin=forced.margins[num_agreeing])
-        if decoded.finish_reason is None:  # how it goes on there is not known
+        if decoded.finish_reason is None:  # the reference's continuation is not known
             return compared, decoded
         forced = reference.force(job, decoded.tokens)
     return compared, replace(decoded, logprobs=forced.logprobs, prompt_logprobs=forced.prompt_logprobs)

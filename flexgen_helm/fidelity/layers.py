@@ -25,7 +25,7 @@ class Layers:
 
     model: str
     reason: str
-    """Why the whole model was not the reference."""
+    """Why the reference is not the whole model."""
     dtype: str
     findings: Findings
     alike: float | None
@@ -34,7 +34,7 @@ class Layers:
 
     @property
     def worst(self) -> StageDifference:
-        """The stage at fault, the first one of several, else that of the largest difference relative to its scale."""
+        """The first stage at fault, else the one with the largest difference relative to its scale."""
         at_fault = (stage for stage in self.findings.stages if not stage.is_within)
         return next(at_fault, max(self.findings.stages, key=lambda stage: stage.relative))
 
@@ -45,11 +45,11 @@ class Layers:
 
     @property
     def is_encoded(self) -> bool:
-        """Whether the log-probabilities of the runs are compared with those of weights and cache without codes."""
+        """Whether the log-probabilities of the runs are compared with those of uncompressed weights and cache."""
         return self.findings.unencoded is not None
 
     def figures(self) -> dict[str, Any]:
-        """What `fidelity.json` says of it; JSON types only."""
+        """The entry in `fidelity.json`; JSON types only."""
         found = self.findings
         return {
             "reason": self.reason,
@@ -63,7 +63,7 @@ class Layers:
         }
 
     def told(self) -> str:
-        """The table by layer, and in words what was compared with what."""
+        """The table by layer, with a description of the comparison."""
         found, lines = self.findings, [f"{self.model}, layer by layer, since {self.reason}:", self._table()]
         lines.append(
             "Each stage computes the same input both ways, with the weights of the same slot: our micro-batches, and "
@@ -113,8 +113,8 @@ class Layers:
         most, count = max(excused, key=lambda stage: stage.relative), sum(each.num_excused for each in excused)
         return (
             f"{told}, but for {count} of {sum(each.num_rows for each in excused)} rows of "
-            f"{', '.join(each.name for each in excused)}, by up to {most.relative:.1e} in {most.name}: they are "
-            "excused, since rounding sends a few rows to other experts where scores nearly tie"
+            f"{', '.join(each.name for each in excused)}, by up to {most.relative:.1e} in {most.name}: these are "
+            "tolerated, because rounding sends a few rows to other experts where scores nearly tie"
         )
 
     def _table(self) -> str:
@@ -136,7 +136,7 @@ class Layers:
 
 
 class LayerwiseReference:
-    """What stock layers say of the very tokens that our engine answered; it decodes none of its own."""
+    """Log-probabilities of stock layers for the tokens that our engine chose; it decodes none of its own."""
 
     decodes = False
 
@@ -146,13 +146,13 @@ class LayerwiseReference:
         self._scored: Mapping[str, Scored] = {repr(job): each for job, each in zip(jobs, scored, strict=True)}
 
     def force(self, job: Job, tokens: Sequence[int]) -> Forced:
-        """What is known of the tokens of our completion; there are no others."""
+        """Return the results for the tokens of our completion; there are no others."""
         found = self._scored[repr(job)]
         assert len(tokens) == len(found.logprobs)
         return Forced(prompt_logprobs=found.prompt_logprobs, logprobs=found.logprobs, margins=found.margins)
 
     def greedy(self, job: Job, ours: Completion) -> Completion:
-        """Ours, if every token is its choice, too; else up to its first own choice."""
+        """Return our completion if every token is its choice too; else the tokens up to its first different choice."""
         chosen = self._scored[repr(job)].greedy
         expected = ours.tokens if ours.end_token is None else (*ours.tokens, ours.end_token)
         pairs = enumerate(zip(chosen, expected, strict=False))

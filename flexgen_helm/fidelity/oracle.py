@@ -1,4 +1,4 @@
-"""What a run's requests are compared with: an oracle that scores given tokens and, where it can, decodes its own."""
+"""The reference of a comparison: an oracle that scores given tokens and, if it can, decodes its own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.job import Completion, Job
 
 @dataclass(frozen=True, kw_only=True)
 class Forced:
-    """What one forward over a prompt and given new tokens says of them; natural logs, unmodified distribution."""
+    """The result of one forward pass over a prompt and given new tokens; natural logs, unmodified distribution."""
 
     prompt_logprobs: tuple[float | None, ...] | None
     """The prompt's log-probabilities, as in `Completion`."""
@@ -25,14 +25,14 @@ class Oracle(Protocol):
     """Plain `transformers`, as a whole model or layer by layer."""
 
     decodes: bool
-    """Whether it decodes on its own, also where our engine has no answer."""
+    """Whether it can decode, also if our engine has no answer."""
 
     def force(self, job: Job, tokens: Sequence[int]) -> Forced:
         """Score `tokens` as the continuation of the job's prompt; `EngineError` where that is not finite."""
 
     def greedy(self, job: Job, ours: Completion) -> Completion:
-        """What it decodes greedily, without log-probabilities.
+        """Decode greedily, without log-probabilities.
 
-        An oracle that does not decode gives `ours` where it agrees with every token, else the tokens up to its first
-        own choice, that choice included, without text and finish reason.
+        An oracle that cannot decode returns `ours` if it agrees with every token, else the tokens up to and including
+        its first different choice, without text and finish reason.
         """

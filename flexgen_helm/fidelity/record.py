@@ -1,4 +1,4 @@
-"""The file in a run's directory that says how near the run is to the reference."""
+"""The file in a run's directory with the run's comparison with the reference."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ FILE_NAME = "fidelity.json"
 
 
 def write_record(run_path: Path, record: Mapping[str, Any]) -> None:
-    """Write `fidelity.json` into a run's directory; it is never half written."""
+    """Write `fidelity.json` into a run's directory, atomically."""
     replace_text(run_path / FILE_NAME, json.dumps(record, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Keeps the engines' answers to a run's requests, with the completions from which the results are made."""
+"""Records the engine's answers to a run's requests, with the completions from which the results are made."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Answered:
     """The identity of the weights that answered."""
 
     def completion_of(self, job: Job) -> Completion:
-        """What our engine made of a job."""
+        """Return our engine's completion of a job."""
         return self.completions[_name(job)]
 
     def answers(self) -> Iterator[tuple[Job, Completion]]:
-        """Every job of a request that did not fail, and what became of it."""
+        """Yield every job of a request that did not fail, with its completion."""
         translator = self.client._translator
         for state in self.state.request_states:
             if state.result is not None and state.result.success:
@@ -49,16 +49,16 @@ class Answered:
 
 
 class RecordingExecutor(WholeRunExecutor):
-    """Keeps a run's results and completions: HELM's results have no token ids."""
+    """Records a run's results and completions, because HELM's results have no token ids."""
 
     _state: ScenarioState
     _completions: dict[str, Completion]
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Make every engine that is loaded meanwhile report its completions, and close it in the end."""
+        """Make every engine that is loaded meanwhile report its completions, and close it at the end."""
         load = engines.load
-        engines.close()  # one that is loaded already would not tell
+        engines.close()  # an engine that is loaded already would not report
         engines.load = lambda path, policy, window: _Recorded(load(path, policy, window), self)
         try:
             yield
@@ -67,17 +67,17 @@ class RecordingExecutor(WholeRunExecutor):
             engines.load = load
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
-        """Execute, and keep the outcome until `take`."""
+        """Execute, and keep the result until `take`."""
         self._completions = {}
         self._state = super().execute(scenario_state)
         return self._state
 
     def note(self, job: Job, completion: Completion) -> None:
-        """Keep a completion of the run being executed."""
+        """Record a completion of the current run."""
         self._completions[_name(job)] = completion
 
     def take(self, run_spec: RunSpec) -> Answered:
-        """Give what became of the run that was executed last."""
+        """Return the recorded result of the run that was executed last."""
         client = self.client_of(self._state.request_states)
         assert client is not None, "run_all has looked at the deployments"
         return Answered(run_spec, self._state, client, self._completions, client.identity)
@@ -93,7 +93,7 @@ class _Recorded:
 
     def sweeps(self, jobs: Sequence[Job]) -> Iterator[list[tuple[int, Completion]]]:
         """See the engine's method."""
-        asked = list(jobs)  # the caller lets go of its list
+        asked = list(jobs)  # the caller releases its list
         for finished in self._engine.sweeps(asked):
             for index, completion in finished:
                 self._executor.note(asked[index], completion)

@@ -44,10 +44,10 @@ class Place:
 
 
 def find_place(description: ModelDescription, policy: Policy) -> Place:
-    """The policy's dtype, and its device if the uncompressed weights fit there as they are, else the CPU.
+    """Choose the policy's dtype, and its device if the uncompressed weights fit there, else the CPU.
 
-    Raises `CapacityError` when host memory, which they pass through in any case, cannot hold them, and
-    `UnsupportedError` for a checkpoint that comes quantized by what `transformers` cannot run here.
+    Raises `CapacityError` if host memory, through which they pass in any case, cannot hold them, and `UnsupportedError`
+    for a quantized checkpoint that `transformers` cannot run here.
     """
     _check_quantizer(description)
     _check_merger(description)
@@ -64,9 +64,9 @@ def find_place(description: ModelDescription, policy: Policy) -> Place:
 
 
 def _check_quantizer(description: ModelDescription) -> None:
-    """Unlike the engine, `transformers` needs the format's own library."""
+    """Check the library of the format, which `transformers` needs, unlike the engine."""
     path = Path(description.path)
-    if find_file(path / GGUF_INDEX, CheckpointError):  # of blocks or of plain numbers
+    if find_file(path / GGUF_INDEX, CheckpointError):  # it has blocks or plain numbers
         raise UnsupportedError("it is a GGUF file, of which transformers would hold all numbers in float32")
     config = read_config(path)
     quantization = declared_quantization(path, config.get("quantization_config"))
@@ -85,7 +85,7 @@ def _check_quantizer(description: ModelDescription) -> None:
 
 
 def _check_merger(description: ModelDescription) -> None:
-    """Unlike the engine, `transformers` needs peft for an adapter."""
+    """Check peft, which `transformers` needs for an adapter, unlike the engine."""
     if adapter_folder(Path(description.path)) and not find_spec("peft"):
         raise UnsupportedError("it is an adapter, which plain transformers merges by peft, and peft is not installed")
 
@@ -104,7 +104,7 @@ class Reference:
         found = model.generation_config.eos_token_id
         found = tokenizer.eos_token_id if found is None else found
         self._end_of_text = [] if found is None else [found] if isinstance(found, int) else list(found)
-        # A checkpoint's own settings (penalties, bad words) would make greedy decoding another thing.
+        # A checkpoint's own settings (penalties, bad words) would change greedy decoding.
         model.generation_config = GenerationConfig(
             eos_token_id=self._end_of_text or None, pad_token_id=(self._end_of_text or [0])[0]
         )

@@ -25,28 +25,28 @@ _TIMES = ("runtime", "batch_size")
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """How many of something are equal."""
+    """How many items are equal."""
 
     equal: int
     total: int
     differing: tuple[str, ...] = ()
-    """The first of those that are not."""
+    """The first ones that differ."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether all are."""
+        """Whether all are equal."""
         return self.equal == self.total
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduction:
-    """What of a run came out again."""
+    """The parts of a run that were reproduced."""
 
     run: str
     requests: Count
     """The requests in order: they depend on the data, HELM's adapters and the tokenizer."""
     answers: Count
-    """Texts, tokens and reasons to end of equal requests."""
+    """Texts, tokens and finish reasons of equal requests."""
     logprobs: Count
     """The bit-equal log-probabilities, among the tokens of equal answers."""
     largest_difference: float
@@ -54,7 +54,7 @@ class Reproduction:
     tolerance: float
     """The largest difference that rounding explains: the order of sums depends on the other requests of a batch."""
     statistics: Count
-    """HELM's, but for times; equal up to `tolerance`, which scales with those above 1."""
+    """HELM's statistics, except times; equal up to `tolerance`, which scales with values above 1."""
     metric: str
     before: float | None
     """The score, by the run's main metric."""
@@ -72,7 +72,7 @@ class Reproduction:
 
 
 def tolerance_of(found: Provenance, again: Provenance) -> float:
-    """Largest difference of a log-probability that rounding explains between two runs of one run spec, by records."""
+    """Return the largest difference of a log-probability that rounding explains between two runs, by their records."""
     is_same = (found.hardware.device, found.versions, found.identity) == (
         again.hardware.device,
         again.versions,
@@ -84,7 +84,7 @@ def tolerance_of(found: Provenance, again: Provenance) -> float:
 
 
 def reproduction_of(before: Path, after: Path, tolerance: float) -> Reproduction:
-    """Compare the files of two runs of one run spec; `ConfigError` where one of them is not as HELM writes it."""
+    """Compare the files of two runs of one run spec; `ConfigError` if HELM cannot have written one of them."""
     try:
         return _compare(before, after, tolerance)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -116,7 +116,7 @@ def _compare(before: Path, after: Path, tolerance: float) -> Reproduction:
 def _load(path: Path) -> Any:
     content = read_bytes(path, ConfigError, limit=MOST_BYTES)
     try:
-        return json.loads(content)  # as HELM wrote it, halves of surrogate pairs included
+        return json.loads(content)  # as written by HELM, including lone surrogates
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
@@ -129,7 +129,7 @@ _Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 
 def _same_requests(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[list[_Pair], list[str]]:
-    """Pairs of states at the same place with the same request, and places without one."""
+    """Pair the states at the same position with the same request; also returns the positions without a pair."""
     same: list[_Pair] = []
     odd: list[str] = []
     for place, (one, two) in enumerate(zip_longest(ours, theirs)):
@@ -195,7 +195,7 @@ def _logprobs(result: Mapping[str, Any]) -> list[float]:
 
 
 def _distance(one: float, two: float) -> float:
-    """Between two numbers that may be infinite or none at all."""
+    """The distance of two numbers that may be infinite or None."""
     return 0.0 if one == two or (math.isnan(one) and math.isnan(two)) else _finite(abs(one - two))
 
 
@@ -204,7 +204,7 @@ def _finite(value: float) -> float:
 
 
 def _statistics(stats: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """What is counted or measured of answers, by the name that HELM gives it as JSON."""
+    """The statistics that count or measure answers, by HELM's name as JSON."""
     return {
         json.dumps(stat["name"], sort_keys=True): stat
         for stat in stats

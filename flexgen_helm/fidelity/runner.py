@@ -54,10 +54,10 @@ class VerifyingRunner(CommandLineRunner):
         """Why a model is compared layer by layer, by model directory."""
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
-        """Run and compare; raises `EngineError` before anything runs for runs that are not ours.
+        """Run and compare; raises `EngineError` before anything runs if a run is not ours.
 
-        Raises `RunsFailed` at the end if a run failed; the others are compared all the same. Verdicts of
-        judges are left out: they are answers of other models.
+        Raises `RunsFailed` at the end if a run failed; the others are compared nevertheless. Verdicts of judges are
+        left out, because they are answers of other models.
         """
         run_specs = [without_judge(run_spec) for run_spec in run_specs]
         for run_spec in run_specs:
@@ -76,7 +76,7 @@ class VerifyingRunner(CommandLineRunner):
             raise failed
 
     def run_one(self, run_spec: RunSpec) -> None:
-        """Run one run spec and keep what became of its requests."""
+        """Run one run spec and record its answers."""
         super().run_one(run_spec)
         self._answered.append(self._recording.take(run_spec))
 
@@ -112,7 +112,7 @@ class VerifyingRunner(CommandLineRunner):
     def _compare_whole(self, served: Served, runs: list[Answered], display: Progress) -> None:
         try:
             place = find_place(served.description, served.policy)
-        except EngineError as error:  # less memory than before the runs: no bad input any more
+        except EngineError as error:  # there is less memory than before the runs, so this is no bad input
             raise EngineError(str(error)) from error
         reference = Reference.load(served.description, place)
         for answered in runs:
@@ -124,7 +124,7 @@ class VerifyingRunner(CommandLineRunner):
         dtype = resolve_dtype(policy.dtype, served.description.dtype, device)
         answers = [pair for answered in runs for pair in answered.answers()]
         if not answers:
-            return  # every request failed, which the runs have said
+            return  # every request failed, which the runs have reported
         status = StatusLine(None)
 
         def progress(done: int, total: int) -> None:

@@ -13,19 +13,20 @@ from flexgen_helm.helm.scores import Score, short_name
 from flexgen_helm.terminal.columns import columns
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-2}
-"""Largest difference of a log-probability that is put down to rounding, by dtype: sums have another order here.
+"""The largest difference of a log-probability that is attributed to rounding, by dtype: sums have another order here.
 
-A limit, not a law: in 16 bits, models with large logits round more than that, in bfloat16 above all."""
+This is a limit, not a law: in 16 bits, models with large logits round by more, especially in bfloat16.
+"""
 NUM_WORST = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """A run's comparison with the reference, summed up."""
+    """The summary of a run's comparison with the reference."""
 
     comparison: Comparison
     score: Score
-    """Ours, as HELM computed it."""
+    """Our score, as computed by HELM."""
     reference_score: float | None
     """The same metric of the reference's results; None where it is not defined (sampled requests)."""
     dtype: str
@@ -39,7 +40,7 @@ class Fidelity:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether any of the requests is."""
+        """Whether any request is sampled."""
         return any(each.is_sampled for each in self.comparison.compared)
 
     @property
@@ -68,7 +69,7 @@ class Fidelity:
 
     @property
     def num_logprobs(self) -> int:
-        """Compared ones."""
+        """The number of compared log-probabilities."""
         return sum(each.num_logprobs for each in self.comparison.compared)
 
     @property
@@ -99,7 +100,7 @@ class Fidelity:
 
     @property
     def has_drifted(self) -> bool:
-        """Whether there is more between the two than rounding explains, in answers or in a layer."""
+        """Whether answers or a layer differ by more than rounding explains."""
         return self.differs or (self.layers is not None and self.layers.has_drifted)
 
     @property
@@ -110,7 +111,7 @@ class Fidelity:
         return "within rounding" if self.num_logprobs else "nothing compared"
 
     def figures(self) -> dict[str, Any]:
-        """What `fidelity.json` says of the comparison; JSON types only."""
+        """The entry in `fidelity.json`; JSON types only."""
         agreeing, num_tokens = self.tokens
         same, num_texts = self.texts
         return {
@@ -177,12 +178,12 @@ def verdict(fidelities: Sequence[Fidelity]) -> str:
 
 
 def told_layers(fidelities: Sequence[Fidelity]) -> list[str]:
-    """What was found layer by layer, of each model once."""
+    """The findings of the layer-by-layer comparison, once for each model."""
     return [layers.told() for layers in {id(each.layers): each.layers for each in fidelities}.values() if layers]
 
 
 def table(fidelities: Sequence[Fidelity]) -> str:
-    """Lay the comparisons out in columns; where they are of one model, its name heads the first one."""
+    """Lay the comparisons out in columns; if they are of one model, its name is in the header."""
     models = {each.score.model for each in fidelities}
     head = models.copy().pop() if len(models) == 1 else "run"
     rows = [

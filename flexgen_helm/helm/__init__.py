@@ -1,4 +1,4 @@
 """The interface to HELM: client, runner and cache, and the translation of requests into jobs of the engine.
 
-It imports the engine, HELM, and of flexgen_helm terminal and planning.
+It imports the engine, HELM, and `terminal`, `planning` and `workers` of flexgen_helm.
 """

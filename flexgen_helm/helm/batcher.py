@@ -21,7 +21,7 @@ class Done:
     """Position of its job in the call."""
     completion: Completion
     seconds: float
-    """Since the engine began with the call; loading weights is not in it."""
+    """Seconds since the engine began the call, without loading weights."""
 
 
 Stream = Callable[[Sequence[Job]], Iterator[Done]]
@@ -98,11 +98,11 @@ class Batcher:
     def _lead(self) -> None:
         try:
             self._wait_for_quiet()
-        finally:  # even when interrupted: nobody else would serve those who came after
+        finally:  # even after an interrupt: the callers that came later would never be answered
             with self._changed:
                 batch, self._waiting = self._waiting, []
                 num_requests = self._num_asking
-            # A thread of its own, which ends with the batch: the leader may leave as soon as its own answer is there.
+            # A separate thread, which ends with the batch: the leader may leave as soon as its own answer is there.
             threading.Thread(target=self._serve, args=(batch, num_requests), name="flexgen-batch", daemon=True).start()
 
     def _wait_for_quiet(self) -> None:

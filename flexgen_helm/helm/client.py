@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 Progress = Callable[[int, int, int], None]
-"""Called with (requests done, requests in all, tokens that the engine worked through for those done)."""
+"""Called with (requests done, requests in total, tokens that the engine computed for those done)."""
 
 
 class FlexGenClient(CachingClient):
@@ -80,7 +80,7 @@ class FlexGenClient(CachingClient):
             )
         self._tokenizer = tokenizer
         self.tokenizer_name = tokenizer_name or ""
-        """HELM's."""
+        """HELM's name of the tokenizer."""
         self.policy = Policy.load(policy)
         self._end_of_text_token = end_of_text_token
         self._shaping = Shaping.of(shaping)
@@ -112,14 +112,16 @@ class FlexGenClient(CachingClient):
 
     @property
     def notes(self) -> list[str]:
-        """Settings beyond the requests' own that affect answers, a line each, for the first lines of a run.
+        """Settings beyond the requests' own that affect answers, one line each, for the first lines of a run.
 
         Lines about cached answers to the requests looked up so far are included.
         """
         notes, window = [*self._translator.notes, *self._answers.notes], self._window
         own = engines.served(self._model, self.policy).description.window if window is not None else None
         if own is not None and window != own:
-            notes.append(f"sequences of {self._model} have up to {window} positions, as window says, in place of {own}")
+            notes.append(
+                f"sequences of {self._model} have up to {window} positions, as set by window, in place of {own}"
+            )
         return notes
 
     @property
@@ -129,14 +131,14 @@ class FlexGenClient(CachingClient):
 
     @property
     def identity(self) -> dict[str, str | int | None]:
-        """What of model and policy can change a result; waits as `Served.identity` does."""
+        """Everything of the model and policy that can change a result; waits as `Served.identity` does."""
         return self._served.identity
 
     @property
     def known_identity(self) -> dict[str, str | int | None] | None:
-        """`identity` as soon as an answer was found or made; None before, since finding it may take long.
+        """`identity` once an answer was found or computed; None before that, because computing it may take long.
 
-        A process that has no engine is given it.
+        A process without an engine is given the identity.
         """
         return self._served.known_identity
 
@@ -146,16 +148,16 @@ class FlexGenClient(CachingClient):
 
     @property
     def source(self) -> tuple[str, str]:
-        """The model's directory, and the number format of its weights."""
+        """The model's directory, and the dtype of its weights."""
         return self._served.description.path, self._served.description.dtype
 
     @property
     def writes_date(self) -> bool:
-        """Whether the chat template asks for the date."""
+        """Whether the chat template writes the date."""
         return self._translator.writes_date
 
     def begin(self, moment: datetime) -> None:
-        """Let chat templates take `moment` for now, in place of when the first request came."""
+        """Set the time that chat templates see to `moment`, instead of the time of the first request."""
         self._translator.begin(moment)
 
     def close(self) -> None:
@@ -227,7 +229,7 @@ class FlexGenClient(CachingClient):
         return [results[place] for place in range(len(requests))]
 
     def pack(self, requests: Sequence[Request], known: KnownTokens) -> PackedEntries:
-        """What `unpack` makes entries of, in another process; `known` keeps what it tokenizes for it."""
+        """Make what `unpack` makes entries of, in another process; `known` stores the tokens of the prompts."""
         return PackedEntries.made(self._translator, requests, self.tokenizer_name, known)
 
     def unpack(self, packed: PackedEntries) -> Iterator[Found]:
@@ -256,13 +258,13 @@ class FlexGenClient(CachingClient):
                 yield self._keep(cache, portion.done(finished))
 
     def asking(self, portion: Portion) -> Iterator[list[tuple[Work, Timing]]]:
-        """Let the engine, which may be at work on other portions, answer one; yield what each sweep has finished."""
+        """Have the engine answer a portion, possibly while it works on others; yields what each sweep has finished."""
         for finished in self._served.sweeps(portion.take_jobs()):
             yield portion.done(finished)
 
     @contextmanager
     def running(self, jobs: Sequence[Job], share: float, observe: Observer) -> Iterator[RunningEngine]:
-        """Have the engine loaded, for jobs of which `jobs` are a `share`; `observe` gets its sweeps meanwhile."""
+        """Load the engine for work of which `jobs` are a `share`, and keep it; `observe` gets its sweeps meanwhile."""
         with self._served.running(jobs, share) as engine:
             engine.observer = partial(observe, engine)
             try:
@@ -272,7 +274,7 @@ class FlexGenClient(CachingClient):
 
     @contextmanager
     def keeping(self) -> Iterator[Callable[[Iterable[tuple[Work, Timing]]], list[Answer]]]:
-        """Inside, the yielded function stores answers of the engine in HELM's cache and returns them."""
+        """Yield a function that stores answers of the engine in HELM's cache and returns them."""
         with self._answers.opened() as cache:
             yield partial(self._keep, cache)
 

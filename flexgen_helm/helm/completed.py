@@ -19,9 +19,9 @@ _UNANSWERED = b'"success": false'
 
 
 def lack_of(run_path: Path, asked: RunSpec | None = None, judge: str | None = None) -> str:
-    """Why a run that has all its files does not count as completed; empty if it does.
+    """Return why a run that has all its files does not count as completed; empty if it does.
 
-    The run must match `asked`, with the verdicts of the deployment `judge` where a model judges it.
+    The run must match `asked`, with the verdicts of the deployment `judge` if a model judges it.
     """
     if damaged := list(damaged_files(run_path)):
         return f"{', '.join(damaged)} cannot be read"
@@ -37,7 +37,7 @@ def lack_of(run_path: Path, asked: RunSpec | None = None, judge: str | None = No
 
 
 def damaged_files(run_path: str | Path) -> Iterator[str]:
-    """Name the files of a run that HELM could not read; no statistics at all are damage, too."""
+    """Name the files of a run that HELM could not read; a run without any statistics is damaged, too."""
     from helm.common.codec import from_json  # which imports torch
 
     for name, kind in _kinds().items():
@@ -51,9 +51,9 @@ def damaged_files(run_path: str | Path) -> Iterator[str]:
 
 
 def num_unanswered(run_path: str | Path) -> int:
-    """Requests of a run that failed, by its own file; none where that cannot be read.
+    """Count a run's failed requests in its own file; 0 if that cannot be read.
 
-    A piece at a time: the file may be larger than what memory has room for.
+    The file is read in pieces, because it may be larger than memory.
     """
     count, rest, kept = 0, b"", len(_UNANSWERED) - 1
     try:

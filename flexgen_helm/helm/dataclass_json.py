@@ -1,4 +1,4 @@
-"""HELM's JSON of its dataclasses, byte for byte, without the copies and the slow encoder that HELM makes it with."""
+"""HELM's JSON of its dataclasses, byte for byte, without the copies and the slow encoder that HELM uses for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from json.encoder import encode_basestring_ascii
 from typing import Any, cast
 
 _SCALARS: dict[type, Callable[[Any], str]] = {str: encode_basestring_ascii, int: int.__repr__}
-"""Exactly these types; what else there is takes the general way."""
+"""Exactly these types; all others are encoded in the general way."""
 
 
 def dumps(content: Any) -> str:
@@ -21,7 +21,7 @@ def dumps(content: Any) -> str:
 
 
 def _add(value: Any, line: str, parts: list[str]) -> None:
-    """Append the text of `value`; `line` ends a line and indents the next one as far as `value` is."""
+    """Append the text of `value`; `line` is a line break with the indentation of `value`."""
     scalar = _SCALARS.get(type(value))
     if scalar is not None:
         parts.append(scalar(value))
@@ -64,5 +64,5 @@ def _names(kind: Any) -> tuple[str, ...]:
 
 
 def _key(key: Any) -> str:
-    """A key as JSON has it."""
+    """Encode a key as JSON does."""
     return key if isinstance(key, str) else next(iter(json.loads(json.dumps({key: None}))))

@@ -35,7 +35,7 @@ Observer = Callable[["RunningEngine", SweepTiming], None]
 
 
 Load = Callable[[str, Policy, int | None], RunningEngine]
-"""Makes a running engine of a model directory, a policy, and a window in place of the model's own."""
+"""Opens an engine for a model directory and a policy, with a window that overrides the model's own."""
 
 
 class Served:
@@ -55,7 +55,7 @@ class Served:
         self._registry = registry
         self._lock = threading.Lock()
         self._identifying = threading.Lock()
-        """Held while the identity is found, which may take as long as reading the weight files does."""
+        """Held while the identity is computed, which may take as long as reading the weight files."""
         self._identity: Identity | None = None
         self._engine: RunningEngine | None = None
         self._estimate: Estimate | None = None
@@ -66,10 +66,10 @@ class Served:
 
     @property
     def identity(self) -> Identity:
-        """What of model and policy can change a result (`result_identity`).
+        """Everything of the model and policy that can change a result (`result_identity`).
 
-        Every byte of the weight files is in it: where their digest is not kept from an earlier start, this waits until
-        the engine has read them, or reads them here where no engine does.
+        It includes every byte of the weight files: unless their digest is stored from an earlier start, this waits
+        until the engine has read them, or reads them itself if no engine does.
         """
         with self._identifying:
             identity = self._identity
@@ -78,16 +78,16 @@ class Served:
                 digest = self._digest_of_engine()
                 if digest is None:
                     digest = weights_digest(Path(self.description.path), source)
-                    source.check()  # else it may be of what was written after an engine had read them
+                    source.check()  # the files may have been modified after an engine had read them
                 identity = {"weights": digest, **rest}
                 with self._lock:
-                    if self._opened is opened:  # else it was forgotten meanwhile
+                    if self._opened is opened:  # otherwise it was forgotten meanwhile
                         self._identity = identity
             return identity
 
     @property
     def known_identity(self) -> Identity | None:
-        """`identity` if it has been found by now; waits for nothing. A process that has no engine is given it."""
+        """`identity` if it has been computed already; does not wait. A process without an engine is given it."""
         return self._identity
 
     @known_identity.setter
@@ -95,18 +95,18 @@ class Served:
         self._identity = identity
 
     def _digest_of_engine(self) -> str | None:
-        """None where no engine reads the weight files, or where it was closed before it had read them all."""
+        """Return the engine's digest; None if no engine reads the weight files, or it was closed before the end."""
         engine = self._engine
         try:
             return None if engine is None else engine.weights_digest()
         except EngineError:
             if self._engine is engine:
                 raise
-            return None  # answers of the last pass before an early end are still to be kept
+            return None  # answers of the last sweep before an early end are still to be stored
 
     @property
     def settings(self) -> Identity:
-        """The part of `identity` that is no digest, known at once."""
+        """The part of `identity` that is no digest and is known at once."""
         return result_settings(self.description, self.policy)
 
     def check_weights(self) -> None:
@@ -115,12 +115,12 @@ class Served:
             self._opened[0].check()
 
     def _open(self) -> _Opened:
-        """The weight files, and what else an identity has, as they are before anything is read for the engine."""
+        """Open the weight files, and compute the rest of the identity before anything is read for the engine."""
         with self._lock:
             if self._opened is None:
                 path = self.description.path
                 beside = identity_beside_weights(path, self.policy)
-                self._opened = OpenedWeights(Path(path)), beside  # last: nobody would close them if that raised
+                self._opened = OpenedWeights(Path(path)), beside  # last: nothing would close them if that raised
             return self._opened
 
     def stream(self, jobs: Sequence[Job]) -> Iterator[Done]:
@@ -152,7 +152,7 @@ class Served:
 
     @contextmanager
     def running(self, jobs: Sequence[Job], share: float = 1.0) -> Iterator[RunningEngine]:
-        """The engine, loaded if need be for work of which `jobs` are a `share`; it is not taken for idle meanwhile."""
+        """Yield the engine, loaded if necessary for work of which `jobs` are a `share`; it does not count as idle."""
         with self._registry.loading:
             if self._failure is not None:
                 raise self._failure.with_traceback(None)
@@ -163,13 +163,13 @@ class Served:
             with self._lock:
                 self._num_users += 1
         try:
-            yield engine  # which `close` may have taken meanwhile: it then says that it is closed
+            yield engine  # `close` may have closed it meanwhile; then it raises
         finally:
             with self._lock:
                 self._num_users -= 1
 
     def _load(self, jobs: Sequence[Job], share: float) -> RunningEngine:
-        """Load the engine, placed for work of which `jobs` are a `share` where the policy leaves that open."""
+        """Load the engine, with placement for work of which `jobs` are a `share` if the policy is `auto`."""
         path = self.description.path
         try:
             with htrack_block(f"Loading {path}"):
@@ -182,7 +182,7 @@ class Served:
                     engine: RunningEngine = self._registry.load(path, chosen.policy, self._window)
                 else:
                     engine = engine_processes.spread(self._name, self.policy, self._window, jobs, share)
-                try:  # else the engine may have read others than those of the identity
+                try:  # the engine may have read other files than those of the identity
                     source.check_names()
                     check_beside_weights(rest, path, self.policy)
                 except BaseException:
@@ -202,12 +202,12 @@ class Served:
             engine.close()
 
     def forget(self) -> None:
-        """Close it, and the weight files, too; they are opened again when the identity is needed."""
+        """Close the engine and the weight files; the files are opened again when the identity is needed."""
         self.close()
         with self._lock:
             if self._opened is not None:
                 self._opened[0].close()
-            self._opened = self._identity = None  # who is finding the identity is not waited for: it may take minutes
+            self._opened = self._identity = None  # not waiting for the thread that computes the identity
 
     @property
     def is_idle(self) -> bool:
@@ -217,9 +217,9 @@ class Served:
 
 
 class EngineRegistry:
-    """Returns the same `Served` of a model and policy to all callers.
+    """Returns the same `Served` for a model and policy to all callers.
 
-    Before it loads an engine it closes those that are idle, since each uses all the memory that it found free.
+    Before it loads an engine, it closes those that are idle, because each uses all the memory that it found free.
     """
 
     def __init__(self, load: Load = engine_processes.load) -> None:

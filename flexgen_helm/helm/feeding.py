@@ -1,4 +1,4 @@
-"""Requests on their way to an engine that is at work on others already, and answers on their way back."""
+"""Sends requests to an engine that is already working on others, and stores their answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from flexgen_helm.helm.requests.results import Timing
 from flexgen_helm.workers.running_engine import RunningEngine
 
 _CLOSING_S = 0.1
-"""How often an engine that must end is told to end, until it has."""
+"""Seconds between calls of `close` until an engine that must end has ended."""
 
 Tell = Callable[[list[Answer] | BaseException], None]
 _Done = list[tuple[Work, Timing]]
 
 
 class _Ended:
-    """The last thing that is heard of a portion."""
+    """The last message of a portion."""
 
 
 class Feed:
@@ -48,9 +48,9 @@ class Feed:
         self._done: queue.SimpleQueue[_Done | BaseException | _Ended | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._num_open = 0
-        """Portions that are not answered; of the thread that calls `ask` and of none other."""
+        """Portions that are not answered; used only by the thread that calls `ask`."""
         self._num_ended = 0
-        """Portions that have ended; of the thread that keeps answers."""
+        """Portions that have ended; used only by the thread that stores answers."""
 
     def __enter__(self) -> Feed:
         return self
@@ -62,12 +62,12 @@ class Feed:
         while any(thread.is_alive() for thread in self._threads):
             if error is not None or self._is_ending:
                 self._is_ending = True
-                self._client.close()  # again and again: an engine that is still loading can be closed when it is there
+                self._client.close()  # repeatedly, because an engine that is still loading can be closed only later
             for thread in self._threads:
                 thread.join(_CLOSING_S)
 
     def ask(self, works: Sequence[Work], share: float) -> None:
-        """Hand over requests; the first, which are a `share` of all that there will be, have the engine opened."""
+        """Submit requests; the first ones, a `share` of all that there will be, open the engine."""
         portion = Portion(list(works))
         self._num_open += 1
         if self._num_open == 1:
@@ -81,18 +81,18 @@ class Feed:
 
     @property
     def sweep(self) -> Room | None:
-        """What fills a sweep of a worker; None as long as the engine is not open, and where it does not tell."""
+        """The work that fills a sweep of a worker; None until the engine is open, or if it does not say."""
         found: Room | None = getattr(self._engine, "sweep", None)
         return found
 
     @property
     def num_workers(self) -> int:
-        """How many sweep at once on machines of their own."""
+        """The number of machines that compute sweeps at the same time."""
         return max(1, len(getattr(self._engine, "hosts", ())))
 
     @property
     def is_open(self) -> bool:
-        """Whether the engine is there, so that `sweep` is known if it tells it."""
+        """Whether the engine is open, so that `sweep` is known if the engine provides it."""
         return self._is_open.is_set()
 
     def _start(self, do: Callable[..., None], *args: object) -> None:
@@ -125,7 +125,7 @@ class Feed:
             self._tell(error)
 
     def _heard(self) -> Iterator[_Done]:
-        """What is answered, all that is there at once; raises a fault when nothing more can come."""
+        """Yield the answers that have arrived together; raises an error if no more can come."""
         fault: BaseException | None = None
         is_over = False
         while self._num_ended < self._num_open or not (is_over or fault):

@@ -18,22 +18,23 @@ from flexgen_helm.helm.requests.results import known_response
 from flexgen_helm.helm.requests.translate import CLIENT, Key, Translator
 
 _SETTINGS = ("dtype", "compress_weight", "compress_cache", "batch_invariant")
-"""What of an identity the policy sets: answers under other settings are none of what the model was before.
-The last is in an identity only where it is set."""
+"""The parts of an identity that the policy sets: answers under other settings are not from an earlier state of the
+model. The last one is in an identity only where it is set.
+"""
 
 
 class ClientCache:
-    """HELM's cache as one client uses it: opened when it is needed, by several threads at once if need be."""
+    """HELM's cache for one client: opened on demand, if necessary by several threads at once."""
 
     def __init__(self, config: CacheConfig) -> None:
         self._config = config
         self._is_locked = False
         self.notes: list[str] = []
-        """What became of kept answers to the requests looked up so far, a line each."""
+        """What happened to cached answers to the requests looked up so far, one line each."""
 
     @contextmanager
     def opened(self) -> Iterator[RequestCache]:
-        """The cache; what another process has locked for long is waited for once, not by every run again."""
+        """Open the cache; a file that another process has locked for long is waited for once, not in every run."""
         cache = RequestCache(self._config, **({"wait_s": 0.0} if self._is_locked else {}))
         try:
             opened = cache.__enter__()
@@ -48,7 +49,7 @@ class ClientCache:
     def kept(
         self, served: Served, translator: Translator, tell: Callable[[str], None] | None = None
     ) -> Iterator[KeptAnswers]:
-        """The cached answers of a model; `tell` is called afterwards with each line that is new in `notes`."""
+        """Yield the cached answers of a model; afterwards calls `tell` with each line that is new in `notes`."""
         with self.opened() as cache:
             kept = KeptAnswers(cache, served, translator)
             yield kept
@@ -86,10 +87,10 @@ class KeptAnswers:
         self._moved: list[tuple[Key, Response]] = []
         self._num_moved = 0
         self._outdated: dict[str, None] = {}
-        """What has changed since requests were answered, each once."""
+        """What has changed since requests were answered, without duplicates."""
 
     def look_up(self, found: Iterable[Found], under_way: Mapping[str, Work]) -> Asked:
-        """Find the answers to requests, and make ready what is left; `under_way` are those of other runs, by name."""
+        """Find the answers to requests, and prepare the others; `under_way` are requests of other runs, by name."""
         asked = Asked()
         for place, entry in enumerate(found):
             asked.total += 1
@@ -113,7 +114,7 @@ class KeptAnswers:
         return asked
 
     def find(self, key: Key) -> Response | None:
-        """The answer to the request with this key, which is without an identity; None if there is none to be used."""
+        """Return the usable answer to the request with this key, which contains no identity; None if there is none."""
         self._cache.count_query()
         if self._identities is None:
             return self._cache.get({**key, "identity": self._served.identity})
@@ -136,14 +137,14 @@ class KeptAnswers:
         return None
 
     def move(self) -> None:
-        """Keep what was found of earlier releases under the keys of this one."""
+        """Store the answers of earlier releases that were found under the keys of this release."""
         self._cache.put(self._moved, are_new=False)
         self._num_moved += len(self._moved)
         self._moved.clear()
 
     @property
     def notes(self) -> list[str]:
-        """What was done with answers of another identity, a line each, for one message per run."""
+        """Describe what was done with answers of other identities, one line each, as a message for each run."""
         notes = list(self._outdated)
         if self._num_moved:
             notes.append(
@@ -161,7 +162,7 @@ class KeptAnswers:
         return all(identity.get(name) == settings.get(name) for name in _SETTINGS)
 
     def _is_same(self, identity: dict[str, Any], response: Response) -> bool:
-        """Whether an answer under the key of an earlier release is of the very files that are there now."""
+        """Whether an answer under the key of an earlier release was computed from the very files that exist now."""
         if "source" in identity:
             return False
         if self._earlier is None:

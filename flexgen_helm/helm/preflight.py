@@ -1,4 +1,4 @@
-"""What HELM would find out of a run only after all inference, or never, found out before."""
+"""Finds problems of a run beforehand that HELM would find only after all inference, or never."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from engine.errors import ConfigError, EngineError, InstallationError, named, on
 from flexgen_helm.terminal.installation import lacks
 
 _WITHOUT_WINDOW = (ADAPT_CHAT, ADAPT_LANGUAGE_MODELING)
-"""Adapters that shorten no prompts, or do so by a rule of their own."""
+"""Adapters that shorten no prompts, or shorten them by their own rule."""
 _METRICS_THAT_SPLIT_WORDS = {"bleu_1", "bleu_4"}
 
 
 def find_problems(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
-    """The first reason of each run spec why it cannot be run, by its name; call it in the main thread."""
+    """Return the first reason why each run spec cannot be run, by its name; call it in the main thread."""
     crowded = {run_spec.name: problem for run_spec in run_specs if (problem := _no_room(run_spec)) is not None}
     return {**find_unusable_metrics(run_specs), **_find_unusable_annotators(run_specs), **crowded}
 
 
 def _no_room(run_spec: RunSpec) -> ConfigError | None:
-    """An error where answers alone fill what HELM takes for the window: it would shorten prompts without end."""
+    """Return an error if answers alone fill what HELM takes for the window: it would shorten prompts for ever."""
     spec = run_spec.adapter_spec
     if spec.method in _WITHOUT_WINDOW or not spec.model_deployment:
         return None
@@ -50,13 +50,13 @@ def _find_unusable_annotators(run_specs: Sequence[RunSpec]) -> dict[str, EngineE
             what = f"{run_spec.name}: annotator {annotator.class_name.rsplit('.', 1)[-1]}"
             try:
                 get_class_by_name(annotator.class_name)
-            except Exception as error:  # whatever its module does
+            except Exception as error:  # its module may raise anything
                 problems.setdefault(run_spec.name, _not_imported(what, error))
     return problems
 
 
 def find_unusable_metrics(run_specs: Sequence[RunSpec]) -> dict[str, EngineError]:
-    """Make every metric of the run specs once; return the first trouble of each run spec that has any, by its name.
+    """Create every metric of the run specs once; returns the first error of each run spec that has any, by its name.
 
     Call it in the main thread: some of HELM's metric modules install signal handlers when they are imported.
     """

@@ -1,4 +1,4 @@
-"""HELM's cache of requests, in HELM's own format: many answers in one transaction, and its troubles in one line."""
+"""HELM's cache of requests, in HELM's own format: writes many answers in one transaction; errors are one line."""
 
 from __future__ import annotations
 
@@ -31,24 +31,25 @@ _TABLE = "CREATE TABLE IF NOT EXISTS unnamed (key TEXT PRIMARY KEY, value BLOB)"
 """The table name that sqlitedict uses."""
 _BROKEN = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _AT_A_TIME = 1000
-"""Rows that are taken over from a damaged file in one transaction."""
+"""Rows copied from a damaged file in one transaction."""
 _LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _TELL_AFTER_S = 3.0
 """How long to wait for a locked file before logging it."""
 _SUM = b"\x00flexgen-sha256\x00"
 """Precedes a digest of key and answer after the pickle that HELM reads: a pickle marks its own end."""
 _FIRST = '{"chat_template": '
-"""What keys of ours begin with: HELM writes the parts of a key in the order of their names."""
+"""The beginning of our keys: HELM writes the parts of a key in the order of their names."""
 _FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 _PAGE_BYTES = 16384
-"""Of a new file: keys are prompts, and one of more than a quarter of a page is a chain of pages, all of which are read
-to compare it with another."""
+"""Page size of a new file: keys are prompts, and a key of more than a quarter of a page is a chain of pages, all of
+which are read to compare it with another.
+"""
 _CACHE_KB = 65536
-"""Of pages in memory: answers of a sweep that do not fit are written twice, and waited for in between."""
+"""Pages kept in memory, in kB: answers of a sweep that do not fit are written twice, with a wait in between."""
 
 
 class CacheFull(EngineError):
-    """There is no room for answers; what is computed would be lost, in every further run, too."""
+    """Raised when there is no space for answers; what is computed would be lost, in every further run too."""
 
 
 class RequestCache:
@@ -65,11 +66,11 @@ class RequestCache:
         self._config = config
         self._wait_s = wait_s
         self.is_locked = False
-        """Whether another process had locked the file for so long that it was given up."""
+        """Whether another process had locked the file for so long that this one stopped waiting."""
         self._path = Path(config.path) if isinstance(config, SqliteCacheConfig) else None
         self._connection: sqlite3.Connection | None = None
         self._store: KeyValueStore | None = None
-        """HELM's own, where the cache is no SQLite file."""
+        """HELM's own store, if the cache is no SQLite file."""
 
     def __enter__(self) -> RequestCache:
         if self._path is None:
@@ -97,7 +98,7 @@ class RequestCache:
             self._connection = None
 
     def count_query(self) -> None:
-        """Let HELM's statistics know of a request that is looked up."""
+        """Count a look-up in HELM's statistics."""
         cache_stats.increment_query(self._config.cache_stats_key)
 
     def get(self, key: Mapping[str, Any]) -> Response | None:
@@ -126,7 +127,7 @@ class RequestCache:
                 least = f"{name}\0"
             else:
                 heads.append(head)
-                least = request_to_key(head)[:-1] + "-"  # behind all keys that go on with a comma
+                least = request_to_key(head)[:-1] + "-"  # sorts after all keys that continue with a comma
         return heads
 
     def _row_from(self, least: str) -> Any:
@@ -134,9 +135,9 @@ class RequestCache:
         return self._guarded(lambda: self._sql.execute(ask, (least,)).fetchone())
 
     def put(self, answers: Iterable[tuple[dict[str, Any], Response]], *, are_new: bool = True) -> None:
-        """Keep answers, all of them or none; they are on the disk when this returns.
+        """Store answers, all of them or none; they are on disk when this returns.
 
-        are_new: they have been computed, rather than known under another key.
+        are_new: they have been computed, rather than found under another key.
         """
         answers = list(answers)
         for _ in answers if are_new else ():
@@ -158,10 +159,10 @@ class RequestCache:
             self._connection.close()
         timeout = min(self._wait_s, _TELL_AFTER_S)
         self._connection = sqlite3.connect(self._path, timeout=timeout, check_same_thread=False)
-        self._sql.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # changes no file that is there
+        self._sql.execute(f"PRAGMA page_size = {_PAGE_BYTES}")  # changes no existing file
         self._sql.execute(f"PRAGMA cache_size = -{_CACHE_KB}")
         with self._sql:
-            self._sql.execute("BEGIN IMMEDIATE")  # a lock shows now rather than hours later
+            self._sql.execute("BEGIN IMMEDIATE")  # so that a lock is noticed now, not hours later
             self._sql.execute(_TABLE)
         self._sql.execute("SELECT value FROM unnamed LIMIT 1").fetchone()
 
@@ -184,7 +185,7 @@ class RequestCache:
             raise (CacheFull if _code(error) in _FULL else EngineError)(self._trouble(error)) from None
 
     def _waiting(self, do: Callable[[], _T]) -> _T:
-        """What `do` returns, as soon as no other process holds the file; says after a while what it waits for."""
+        """Return the result of `do` once no other process has locked the file; logs what it waits for after a while."""
         until, is_told = time.monotonic() + self._wait_s, False
         while True:
             try:
@@ -222,7 +223,7 @@ class RequestCache:
             self._connection.close()
             self._connection = None
         aside = Path(f"{self._path}.corrupt-{datetime.now():%Y%m%dT%H%M%S}")
-        for suffix in ("", "-journal", "-wal", "-shm"):  # a journal left behind would be played into the new file
+        for suffix in ("", "-journal", "-wal", "-shm"):  # a remaining journal would be applied to the new file
             if os.path.exists(f"{self._path}{suffix}"):
                 os.replace(f"{self._path}{suffix}", f"{aside}{suffix}")
         self._open()
@@ -235,7 +236,7 @@ class RequestCache:
     def _rescue(self, aside: Path) -> int:
         count = 0
         old = sqlite3.connect(f"{aside.absolute().as_uri()}?mode=ro", uri=True)
-        old.text_factory = bytes  # a damaged key is no reason to give up the rows behind it
+        old.text_factory = bytes  # a damaged key is no reason to give up the rows after it
         try:
             rows = _readable(old)
             while together := list(islice(rows, _AT_A_TIME)):
@@ -247,7 +248,7 @@ class RequestCache:
 
 
 def _readable(old: sqlite3.Connection) -> Iterator[tuple[str, Any]]:
-    """The rows that hold answers, up to where nothing can be read any more."""
+    """Yield the rows that hold answers, up to where nothing can be read any more."""
     with suppress(sqlite3.Error):
         for name, value in old.execute("SELECT key, value FROM unnamed"):
             with suppress(UnicodeDecodeError):
@@ -256,7 +257,7 @@ def _readable(old: sqlite3.Connection) -> Iterator[tuple[str, Any]]:
 
 
 def _head(name: str) -> dict[str, Any] | None:
-    """What the key `name` begins with, up to its "identity"; None where it has none."""
+    """Return the beginning of the key `name`, up to its "identity"; None if it has none."""
     try:
         key = json.loads(name)
     except (ValueError, RecursionError):
@@ -273,7 +274,7 @@ def _code(error: Exception) -> int:
 
 
 def _row(name: str, answer: Response) -> tuple[str, bytes]:
-    """A row of the table: the answer as HELM writes it, and a checksum that shows whether it is unchanged."""
+    """Make a row of the table: the answer as HELM writes it, with a checksum."""
     pickled = bytes(encode(answer))
     return name, pickled + _SUM + _digest(name, pickled)
 
@@ -283,9 +284,9 @@ def _digest(name: str, pickled: bytes) -> bytes:
 
 
 def _read(name: str, value: Any) -> Response | None:
-    """The answer that a row holds; None where it holds none, or one that is not what was written.
+    """Return the answer in a row; None if it holds none, or one that does not match its checksum.
 
-    Rows of HELM's own, and of earlier releases, have no sum.
+    Rows of HELM's own, and of earlier releases, have no checksum.
     """
     try:
         pickled, mark, digest = bytes(value).rpartition(_SUM)

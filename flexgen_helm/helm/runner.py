@@ -1,4 +1,4 @@
-"""The HELM runner that hands all requests of a run to the client at once, after checking what can be checked before."""
+"""The HELM runner that sends all requests of a run to the client at once, after checking what can be checked before."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def failed_requests(failed: Sequence[str]) -> str:
 
 
 class FlexGenRunner(Runner):
-    """HELM's runner with whole-run execution; for models of other clients it is HELM's runner as it is.
+    """HELM's runner with whole-run execution; for models of other clients it is HELM's runner unchanged.
 
-    `progress`, if set, is called with (requests done, requests in all, tokens) of the run being executed, in the
-    thread that executes it. Set it on an instance, or as a staticmethod of a subclass.
+    `progress`, if set, is called with (requests done, requests in total, tokens) of the current run, in the thread that
+    executes it. Set it on an instance, or as a staticmethod of a subclass.
     """
 
     progress: Progress | None = None
@@ -87,13 +87,13 @@ class FlexGenRunner(Runner):
 
             context.tokenizer = KnownTokens(context.tokenizer.credentials, context.cache_backend_config)
         self.judge_deployment: str | None = None
-        """What judges the runs that a model is to judge, where that is known."""
+        """The deployment that judges runs, if it is known."""
         self._asked: RunSpec | None = None
-        """The run spec that is looked at."""
+        """The run spec whose completeness is being examined."""
         self._completed: dict[str, bool] = {}
         """The runs that were examined, by directory: that reads all their files, so once is enough."""
         self.environment: Callable[[], Environment] = environment
-        """What records say of where they were made."""
+        """Returns the environment that records name."""
         self.beginning = Beginning(Path(self.runs_path))
         self.executor: WholeRunExecutor = WholeRunExecutor(self.executor, self._report, self.tell, self.beginning)
 
@@ -108,8 +108,8 @@ class FlexGenRunner(Runner):
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Run everything that can be run; raises `RunsFailed` at the end if something failed.
 
-        With `exit_on_error`, raises the first error as it is; `CacheFull` in any case. Run specs whose metrics cannot
-        be made, or whose answers leave prompts no room, fail before anything runs.
+        With `exit_on_error`, raises the first error itself; `CacheFull` in any case. Run specs whose metrics cannot be
+        created, or whose answers leave no room for prompts, fail before anything runs.
         """
         try:
             self._run_all(run_specs)
@@ -143,7 +143,7 @@ class FlexGenRunner(Runner):
             raise RunsFailed(failures)
 
     def run_one(self, run_spec: RunSpec) -> None:
-        """Run one run spec as HELM does; next to the files of a run of our client, write the record of what made it."""
+        """Run one run spec as HELM does; writes the record next to the files of a run of our client."""
         assert isinstance(self.executor, WholeRunExecutor)
         self._asked = run_spec
         self.executor.client = None  # a run that is skipped as completed executes nothing
@@ -171,7 +171,7 @@ class FlexGenRunner(Runner):
         if run_path not in self._completed:
             lack = lack_of(Path(run_path), self._asked, self.judge_deployment)
             if lack:
-                hwarn(f"{run_path} is not taken for completed, since {lack}; it is run again")
+                hwarn(f"{run_path} does not count as completed, because {lack}; it is run again")
             self._completed[run_path] = not lack
         return self._completed[run_path]
 
@@ -203,13 +203,13 @@ class WholeRunExecutor(Executor):
         self._tell = tell
         self._told: dict[FlexGenClient, list[str]] = {}
         self.failed: list[str] = []
-        """Why requests of the latest run failed which count as empty answers."""
+        """The errors of requests of the latest run that count as empty answers."""
         self.cut_off = 0
         """The number of its answers that are empty because thinking used up their tokens."""
         self.observe: Observer | None = None
-        """Sees the engine's sweeps."""
+        """Called with the engine's sweeps."""
         self.client: FlexGenClient | None = None
-        """Ours, that answered what was executed last."""
+        """Our client that answered the latest requests."""
 
     def execute(self, scenario_state: ScenarioState) -> ScenarioState:
         """Fill in all results; raises `ExecutorError` for a fatal request, `EngineError` for bad input or a fault.
@@ -229,7 +229,7 @@ class WholeRunExecutor(Executor):
                 self.beginning.keep()
             self._tell_notes(client)
             results = client.make_requests(requests, self._progress, self.observe)
-            self._tell_notes(client)  # of what the cache held
+            self._tell_notes(client)  # about cached answers
             hlog(f"Processed {len(results)} requests")
         request_states = settled(states, results)
         self.failed = [str(result.error) for result in results if not result.success]
@@ -284,7 +284,7 @@ def settled(states: Sequence[RequestState], results: Sequence[RequestResult]) ->
         state, result = fatal[0]
         instance = f"instance {state.instance.id}"
         raise ExecutorError(f"{len(fatal)} of {len(states)} requests failed; the first ({instance}): {result.error}")
-    if states and not any(result.success for result in results):  # as scores, empty answers would mean nothing
+    if states and not any(result.success for result in results):  # a score of empty answers would mean nothing
         raise ExecutorError(f"all {len(states)} requests failed; the first: {results[0].error}")
     done = []
     for state, result in zip(states, results, strict=True):

@@ -27,7 +27,7 @@ FALLBACK_METRICS = (
     "bits_per_byte",
     "safety_score",
 )
-"""Looked for, in this order, where a scenario does not name its main metric, as XSTest's does not."""
+"""Used in this order if a scenario does not name its main metric, as XSTest's does not."""
 SPLITS = ("test", "valid")
 _VERDICTS = re.compile(r"judge_.+_verdict_read")
 """The statistic that a judged run has."""
@@ -53,9 +53,9 @@ def short_name(run: str) -> str:
 
 
 def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """A distinct short name of each run, without the part that all share; and that part.
+    """Return a distinct short name of each run, without the part that all share; and that part.
 
-    Where they differ in one argument, its value is enough.
+    If the names differ in one argument, its value is enough.
     """
     split = {run: short_name(run).partition(":") for run in runs}
     arguments = {run: rest.split(",") if rest else [] for run, (_, _, rest) in split.items()}
@@ -75,7 +75,7 @@ def distinct_names(runs: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
-    """Read the main metric of each run whose `stats.json` is there; one that was torn has no value."""
+    """Read the main metric of each run whose `stats.json` exists; a damaged one has no value."""
     scores = []
     for run_spec in run_specs:
         file = runs_path / run_spec.name / "stats.json"
@@ -93,9 +93,9 @@ def read_scores(run_specs: Iterable[RunSpec], runs_path: Path) -> list[Score]:
 def choose(
     stats: Sequence[dict[str, Any]], run: str, model: str, metric: str | None = None, split: str | None = None
 ) -> Score:
-    """Pick the run's score among its stats: the named metric on the named split if it is there, else the nearest.
+    """Choose the run's score among its stats: the named metric on the named split if it exists, else the closest.
 
-    A judged run whose named metric is not there has no score: none of its verdicts could be read.
+    A judged run without the named metric has no score: none of its verdicts could be read.
     """
     plain = {(stat["name"]["name"], stat["name"].get("split")): stat for stat in stats if is_plain(stat["name"])}
     is_judged = any(_VERDICTS.fullmatch(name) for name, _ in plain)
@@ -111,7 +111,7 @@ def choose(
 
 
 def table(scores: Sequence[Score]) -> str:
-    """Lay the scores out in columns; where they are of one model, its name heads the first one."""
+    """Lay the scores out in columns; if they are of one model, its name is in the header."""
     models = {score.model for score in scores}
     rows = [(models.copy().pop() if len(models) == 1 else "run", "metric", "split", "instances", "score")]
     for score in scores:
@@ -122,7 +122,7 @@ def table(scores: Sequence[Score]) -> str:
 
 
 def is_plain(name: dict[str, Any]) -> bool:
-    """Whether a statistic's name is one of unperturbed instances of a whole split."""
+    """Whether a statistic's name is that of unperturbed instances of a whole split."""
     return "perturbation" not in name and "sub_split" not in name
 
 
@@ -135,6 +135,6 @@ def main_metric(scenario_class: str, scenario_args: str) -> tuple[str | None, st
         metadata = create_scenario(
             ScenarioSpec(class_name=scenario_class, args=json.loads(scenario_args))
         ).get_metadata()
-    except Exception:  # NotImplementedError, mostly, or whatever a scenario's constructor meets
+    except Exception:  # mostly NotImplementedError, or anything that a scenario's constructor raises
         return None, None
     return metadata.main_metric, metadata.main_split

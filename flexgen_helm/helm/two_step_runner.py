@@ -48,12 +48,12 @@ if TYPE_CHECKING:
     from flexgen_helm.helm.requests.known_tokens import KnownTokens
 
 _LAST_FILE = "per_instance_stats.json"
-"""What HELM writes last: a run that has all files counts as completed."""
+"""The file that HELM writes last: a run that has all files counts as completed."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class NoRoom(EngineError):
-    """The output directory cannot be written; no run of it can be."""
+    """The output directory cannot be written, so no run in it can be."""
 
 
 @dataclass(eq=False)
@@ -68,14 +68,14 @@ class Adapted:
 
 
 class TwoStepRunner(FlexGenRunner):
-    """Runs `adapt`, and later `finish` on the same with all results: together, what HELM's `run_one` does.
+    """Runs `adapt`, and later `finish` on its result with all answers: together, what HELM's `run_one` does.
 
-    Call both in the main thread: some of HELM's metrics use signals. A run's files are written elsewhere and moved into
-    place when they are whole, so that one that was killed meanwhile does not look completed.
+    Call both in the main thread: some of HELM's metrics use signals. A run's files are written to another directory and
+    moved when they are complete, so that a killed run does not look completed.
     """
 
     def __init__(self, execution_spec: ExecutionSpec, output_path: str, suite: str, **flags: bool) -> None:
-        """`flags`: `skip_completed_runs` and `exit_on_error`, as HELM's."""
+        """`flags`: HELM's `skip_completed_runs` and `exit_on_error`."""
         super().__init__(
             execution_spec, output_path, suite, skip_instances=False, cache_instances=False, cache_instances_only=False,
             **flags,
@@ -83,7 +83,7 @@ class TwoStepRunner(FlexGenRunner):
 
     @property
     def known_tokens(self) -> KnownTokens:
-        """HELM's tokenizers, as its adapters and metrics ask them."""
+        """HELM's tokenizers, as used by its adapters and metrics."""
         assert isinstance(self.executor.context, LocalContext), "runs in two steps have no server"
         return cast("KnownTokens", self.executor.context.tokenizer)
 
@@ -149,9 +149,9 @@ class TwoStepRunner(FlexGenRunner):
         )
 
     def hold(self, made: Adapted, state: ScenarioState) -> None:
-        """Write a run whose results are in `state` as far as it is known without annotations.
+        """Write a run whose results are in `state` as far as possible without annotations.
 
-        It does not look completed: what is left of its files from before goes. Raises `NoRoom`.
+        It does not look completed: the run's former files are removed. Raises `NoRoom`.
         """
         target = Path(self._get_run_path(made.run_spec))
         for name in (_LAST_FILE, FILE_NAME, "stats.json"):
@@ -160,7 +160,7 @@ class TwoStepRunner(FlexGenRunner):
         self._write(made, files)
 
     def held(self, run_spec: RunSpec) -> Adapted:
-        """A run that `hold` has written, with its results; raises `EngineError` where it is not there."""
+        """Return a run that `hold` has written, with its results; raises `EngineError` if it does not exist."""
         from helm.common.codec import from_json  # which imports spacy
 
         folder = Path(self._get_run_path(run_spec))
@@ -173,12 +173,12 @@ class TwoStepRunner(FlexGenRunner):
             raise EngineError(f"{folder} cannot be read back ({named(error)}); run the same command again") from None
 
     def clear_scratch(self) -> None:
-        """Remove what runs that did not end have left."""
+        """Remove what unfinished runs have left."""
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     @property
     def _scratch(self) -> Path:
-        """A directory next to the suite's, where HELM would take every directory for a run."""
+        """Create a directory next to the suite's, in which HELM would take every directory for a run."""
         return Path(f"{self.runs_path}{SCRATCH}")
 
     def _write(self, made: Adapted, files: dict[str, Any], judged: Mapping[str, Any] | None = None) -> None:
@@ -191,7 +191,7 @@ class TwoStepRunner(FlexGenRunner):
                 _settle(scratch / name)
             names = [FILE_NAME] if _LAST_FILE in files and self._keep_provenance(made, scratch, judged) else []
             target.mkdir(parents=True, exist_ok=True)
-            (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until the new ones are all there
+            (target / _LAST_FILE).unlink(missing_ok=True)  # not completed until all new files are there
             for name in (*names, *files):
                 os.replace(scratch / name, target / name)
             _settle(target)
@@ -216,7 +216,7 @@ class TwoStepRunner(FlexGenRunner):
 
 
 def _settle(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the names in a directory, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Lets HELM's adapters ask once, for all prompts together, whether they fit into the model's window."""
+"""Lets HELM's adapters check for all prompts together whether they fit into the model's window."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def adapted(adapter: Adapter, instances: list[Instance], parallelism: int, known
     adapter.window_service = cast(WindowService, noted)
     try:
         found: list[RequestState] = adapter.adapt(instances, parallelism)
-    except Exception:  # perhaps of what it was told; if not, it comes again
+    except Exception:  # it may come from the false answers; if not, it occurs again
         is_right = False
     else:
         known.encode(str(getattr(window, "tokenizer_name", "")), (text for _, text, _ in noted.asked))
@@ -43,12 +43,12 @@ def adapted(adapter: Adapter, instances: list[Instance], parallelism: int, known
 
 
 class _Noted:
-    """A window service that records its calls and says that everything fits; the rest is the real one's."""
+    """A window service that records its calls and says that everything fits; otherwise the real one's."""
 
     def __init__(self, window: Any) -> None:
         self._window = window
         self.asked: list[tuple[str, str, int]] = []
-        """Method, text, tokens of the completion."""
+        """(method, text, tokens of the completion) of each call."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._window, name)
@@ -62,7 +62,7 @@ class _Noted:
         return text
 
     def is_right(self) -> bool:
-        """Whether the real one says the same of everything."""
+        """Whether the real service gives the same answer to every call."""
         return all(
             getattr(self._window, method)(text, length) == (True if method.startswith("fits") else text)
             for method, text, length in self.asked

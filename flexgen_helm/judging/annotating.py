@@ -1,4 +1,4 @@
-"""HELM's annotators at work for a judge: what they ask, and what they make of its answers."""
+"""Runs HELM's annotators with a judge: collects their requests, and gives them the judge's answers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from flexgen_helm.judging.kinds import API_NAME, Kind, kind_of
 from flexgen_helm.judging.verdicts import READ, UNANSWERED, UNREADABLE, VERDICT, Verdicts
 
 Make = Callable[[AnnotatorSpec], Annotator]
-"""Makes an annotator, as `AnnotatorFactory.get_annotator`."""
+"""Creates an annotator, like `AnnotatorFactory.get_annotator`."""
 
 
 class Annotating:
     """The annotators of one run."""
 
     def __init__(self, specs: Sequence[AnnotatorSpec], judge: Judge, make: Make) -> None:
-        """Raises what annotators raise when they are created."""
+        """Create the annotators; raises what they raise."""
         self._judge = judge
         self._client = JudgeClient(judge)
         self._annotators: list[tuple[Annotator, Kind | None]] = []
@@ -72,7 +72,7 @@ class Annotating:
             raise EngineError(
                 f"{annotator.name} asks its judge again when it has an answer; this is not supported"
             ) from None
-        except Exception as error:  # how some say that they cannot read an answer
+        except Exception as error:  # some raise this way if they cannot read an answer
             if not self._client.asked:
                 raise
             found, told["error"] = {}, one_line(error)
@@ -91,13 +91,13 @@ class Annotating:
         return {**annotation, **told}
 
     def _renamed(self, key: str) -> str:
-        """A key of an annotation under the judge's name, not under that of the model whose place it takes."""
+        """Rename a key of an annotation from the replaced model to the judge."""
         return f"{self._judge.name}{key[len(API_NAME) :]}" if key.startswith(f"{API_NAME}_") else key
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep from HELM's log what annotators warn of: they write there each answer that they cannot read, as it is."""
+    """Keep warnings of annotators from HELM's log: they write every answer that they cannot read there."""
     log = logging.getLogger("helm")
     level = log.level
     log.setLevel(max(log.getEffectiveLevel(), logging.ERROR))
@@ -124,6 +124,6 @@ def count(states: Sequence[RequestState]) -> Verdicts:
 
 
 def with_verdicts(state: ScenarioState) -> ScenarioState:
-    """Without the answers that have no verdict though one was requested: they score nothing."""
+    """Remove the answers whose requested verdict is missing: they score nothing."""
     kept = [each for each in state.request_states if verdict_of(each) in (READ, None)]
     return replace(state, request_states=kept)

@@ -1,4 +1,4 @@
-"""The model that judges."""
+"""The judge model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from helm.benchmark.annotation.model_as_judge import AnnotatorModelInfo
 
 @dataclass(frozen=True)
 class Judge:
-    """A model that HELM's annotators ask, by HELM's names of it."""
+    """A model that HELM's annotators call, with HELM's names for it."""
 
     model: str
     deployment: str

@@ -1,4 +1,4 @@
-"""The client that annotators are given: it notes what they ask, and answers from what the judge has answered."""
+"""The client that annotators get: it records their requests, and returns the judge's answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flexgen_helm.judging.judge import Judge
 
 
 class NotAnswered(BaseException):
-    """The judge has not answered yet. No `Exception`, since annotators take those for answers."""
+    """Raised when the judge has not answered yet. No `Exception`, because annotators take those for answers."""
 
 
 class JudgeClient(Client):
-    """Replaces HELM's `AutoClient`, with the judge in place of whatever model is called.
+    """Replaces HELM's `AutoClient`, with the judge in place of every model that is called.
 
     Annotators send one request at a time and wait for its answer. So they are called twice: first their requests are
     recorded, for the judge to answer all of them together; then they get the answers.
@@ -25,12 +25,12 @@ class JudgeClient(Client):
     def __init__(self, judge: Judge) -> None:
         self._judge = judge
         self.answers: Mapping[str, RequestResult] = {}
-        """What the judge has answered, by `key_of` the request."""
+        """The judge's answers, by `key_of` the request."""
         self.asked: list[Request] = []
-        """Since this was last emptied, as the judge gets them."""
+        """The requests since this was last emptied, as the judge gets them."""
 
     def make_request(self, request: Request) -> RequestResult:
-        """The judge's answer; raises `NotAnswered` where there is none."""
+        """Return the judge's answer; raises `NotAnswered` if there is none."""
         request = replace(request, model=self._judge.model, model_deployment=self._judge.deployment)
         self.asked.append(request)
         answer = self.answers.get(key_of(request))
@@ -40,5 +40,5 @@ class JudgeClient(Client):
 
 
 def key_of(request: Request) -> str:
-    """Equal for equal requests."""
+    """A key that is equal for equal requests."""
     return repr(request)

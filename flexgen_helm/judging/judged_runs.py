@@ -1,4 +1,4 @@
-"""A run spec as a judge of ours judges it: the judge is in its name, its annotators and its metrics."""
+"""Changes a run spec so that a judge of ours judges it: the judge is in its name, its annotators and its metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _METRIC = "flexgen_helm.judging.verdict_metric.VerdictMetric"
 
 
 def judged(run_spec: RunSpec, judge: Judge) -> RunSpec:
-    """`run_spec` with the judge in place of the models that it names; as it is where no model judges it.
+    """Return `run_spec` with the judge in place of the models that it names; unchanged if no model judges it.
 
     Its requests are the same. Raises `ConfigError` for an annotator that is not known.
     """
@@ -56,7 +56,7 @@ def judge_of(run_spec: RunSpec) -> str | None:
 
 
 def _suffix(judge: Judge) -> str:
-    return f",judge={judge.name}"  # a run's name has arguments by now, its model among them
+    return f",judge={judge.name}"  # by now a run's name has arguments, its model among them
 
 
 def _told(run: str, annotator: AnnotatorSpec, judge: Judge) -> AnnotatorSpec:
@@ -66,8 +66,8 @@ def _told(run: str, annotator: AnnotatorSpec, judge: Judge) -> AnnotatorSpec:
     if kind is None:
         name = annotator.class_name.rsplit(".", 1)[-1]
         raise ConfigError(
-            f"{run}: --judge cannot take the place of the model that {name} asks, since what this annotator makes of "
-            "an answer that it cannot read is not known; leave the entry out, or judge it with helm-run"
+            f"{run}: --judge cannot replace the model of {name}, because it is not known what this annotator makes of "
+            "an answer that it cannot read; leave the entry out, or judge it with helm-run"
         )
     return kind.tell(annotator, judge)
 

@@ -1,4 +1,4 @@
-"""HELM's tables of a suite that a model of ours has judged: they name the judge, and the share of verdicts read."""
+"""HELM's tables of a suite judged by a model of ours: they name the judge and the fraction of readable verdicts."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def _metadata(spec: RunSpec) -> list[MetricMetadata]:
 
 def _by(field: Field, judge: str, is_main: bool) -> Field:
     description = (
-        f"By the verdicts of {judge} in place of the models that HELM asks; answers whose verdict could not be read "
-        "are left out. Not to be compared with published scores."
+        f"Judged by {judge} in place of the models that HELM names; answers without a readable verdict "
+        "are left out. Not comparable with published scores."
     )
     name = f"{field.get_short_display_name()} by {judge}" if is_main else field.short_display_name
     return replace(field, description=description, short_display_name=name)

@@ -1,4 +1,4 @@
-"""HELM's annotators that call a model: how each is given another model, and how each reads its answers."""
+"""HELM's annotators that call a model: how to give each another model, and how each reads its answers."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ from helm.common.object_spec import get_class_by_name
 from flexgen_helm.judging.judge import Judge
 
 API_NAME = "gpt"
-"""What annotators whose model is written into their code call it."""
+"""The name that annotators with a built-in model use for it."""
 
 Annotation = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Annotators that take verdicts in one way."""
+    """Annotators that read verdicts in the same way."""
 
     tell: Callable[[AnnotatorSpec, Judge], AnnotatorSpec]
-    """Names the judge to the annotator, where that is possible."""
+    """Sets the judge in the annotator's spec, if that is possible."""
     has_verdict: Callable[[Annotation, str], bool]
-    """Whether an annotation made of the judge's answer, its keys with the judge's name, has what HELM scores."""
+    """Whether an annotation made from the judge's answer, with keys of the judge's name, has the value that HELM
+    scores.
+    """
     ends_with_score: bool = False
-    """Whether an answer that is cut off may show a part of its score, which is read as another one."""
+    """Whether an answer that is cut off may end within its score, and would be read as another score."""
 
 
 def kind_of(annotator: AnnotatorSpec) -> Kind | None:
-    """How an annotator reads verdicts; None where that is not known."""
+    """How an annotator reads verdicts; None if that is not known."""
     from helm.benchmark.annotation.model_as_judge import LLMAsJuryAnnotator
 
     name = annotator.class_name.rsplit(".", 1)[-1]
@@ -44,13 +46,13 @@ def kind_of(annotator: AnnotatorSpec) -> Kind | None:
 
 
 def asks_a_model(annotator: AnnotatorSpec) -> bool:
-    """Whether an annotator is given HELM's client of models; others compute their annotations.
+    """Whether an annotator gets HELM's client of models; others compute their annotations themselves.
 
-    One that cannot be imported calls none: `find_problems` says what its run lacks.
+    One that cannot be imported calls none: `find_problems` reports what its run lacks.
     """
     try:
         made = get_class_by_name(annotator.class_name)
-    except Exception:  # whatever its module does
+    except Exception:  # its module may raise anything
         return False
     return "auto_client" in inspect.signature(made.__init__).parameters
 
@@ -61,7 +63,7 @@ def needs_judge(run_spec: RunSpec) -> bool:
 
 
 def scores_verdicts(metric: MetricSpec) -> bool:
-    """Whether a metric is made of verdicts, so that it has nothing to say of an answer that has none."""
+    """Whether a metric is computed from verdicts, so that an answer without one has no value."""
     return metric.class_name.rsplit(".", 1)[-1] in _METRICS
 
 
@@ -75,7 +77,7 @@ def is_jury_metric(metric: MetricSpec) -> bool:
 
 
 def _by_name(key: str) -> Kind:
-    """An annotator whose model is written into its code."""
+    """An annotator with a built-in model."""
     return Kind(tell=lambda spec, judge: spec, has_verdict=lambda found, judge: _is_score(found.get(f"{judge}_{key}")))
 
 

@@ -1,4 +1,4 @@
-"""HELM's metric that says in a run's statistics which model judged it, and how many verdicts could be read."""
+"""HELM's metric that records in a run's statistics which model judged it, and how many verdicts were readable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class VerdictMetric(Metric):
         return [] if verdict is None else [Stat(MetricName(self._name)).add(int(verdict == READ))]
 
     def get_metadata(self) -> list[MetricMetadata]:
-        """What helm-summarize shows of it."""
+        """The description that helm-summarize shows."""
         return [
             MetricMetadata(
                 name=self._name,

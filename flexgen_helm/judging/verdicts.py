@@ -1,13 +1,13 @@
-"""What became of the verdicts on a run's answers; imports nothing."""
+"""The outcomes of the verdicts on a run's answers; imports nothing."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 READ, UNREADABLE, UNANSWERED = "read", "unreadable", "unanswered"
-"""What became of a verdict: the annotator could read it, it could not, the judge gave no answer."""
+"""A verdict's outcome: the annotator could read it, it could not, or the judge gave no answer."""
 VERDICT = "verdict"
-"""The key of an annotation with the verdict; missing where HELM's own rule decides, as for an empty answer."""
+"""The key of an annotation with the verdict; missing if HELM's own rule decides, as for an empty answer."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Verdicts:
 
     @property
     def told(self) -> str:
-        """The number of missing verdicts, and why."""
+        """A message with the number of missing verdicts, and why."""
         parts = [
             f"{number} {what}"
             for number, what in ((self.unreadable, "could not be read"), (self.unanswered, "were not given"))

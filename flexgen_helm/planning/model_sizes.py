@@ -74,7 +74,7 @@ class ModelSizes:
         """Why weights cannot be encoded so."""
         if codes == "lossless" and self.can_encode_weights:
             return only_bfloat16("another dtype")
-        return "compress-weight: this model comes quantized already; leave it out"
+        return "compress-weight: this model is already quantized; leave compress-weight out"
 
     @property
     def can_encode_cache(self) -> bool:

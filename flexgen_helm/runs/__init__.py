@@ -1,4 +1,5 @@
-"""Runs: from a command line to HELM's run specs, with the models and entries that it names, checked and carried out.
+"""Runs: turns a command line into HELM's run specs, with their models and entries, checks them and executes them.
 
-The room imports terminal, planning, helm and data_wrangling; reading flags needs neither HELM nor torch.
+It imports `terminal`, `planning`, `workers`, `helm`, `data_wrangling` and `judging`; parsing flags needs neither HELM
+nor torch.
 """

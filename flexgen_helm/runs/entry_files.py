@@ -1,4 +1,4 @@
-"""Reads files of run entries and what they include: regular files of bounded size, and nothing from a network."""
+"""Reads files of run entries and their includes: regular files of limited size, and nothing from a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _MOST_BYTES = 1 << 18
 """The most bytes of a file with all its includes: eight times the longest list that is shipped."""
 _LEAST_BYTES = 256
-"""The bytes that a file counts for at least: small files that include each other twice would be read endlessly."""
+"""The bytes that a file counts for at least, because small files that include each other twice would never end."""
 
 
 def read_entry_file(path: Path) -> list[RunEntry]:
@@ -33,7 +33,7 @@ def read_entry_file(path: Path) -> list[RunEntry]:
             found: list[RunEntry] = dacite.from_dict(RunEntries, parse_hocon(text)).entries
     except EngineError:
         raise
-    except Exception as error:  # pyhocon and dacite raise whatever they meet
+    except Exception as error:  # pyhocon and dacite may raise anything
         raise ConfigError(f"{path} is not a file of run entries: {named(error)}") from None
     if not found:
         raise ConfigError(f'{path} has no run entries; write entries: [{{description: "...", priority: 1}}]')
@@ -41,13 +41,13 @@ def read_entry_file(path: Path) -> list[RunEntry]:
 
 
 class _Files:
-    """The files that one list of entries is made of."""
+    """The files from which a list of entries is read."""
 
     def __init__(self) -> None:
         self._left = _MOST_BYTES
 
     def text_of(self, path: Path) -> str:
-        """What a file holds; `ConfigError` where it is none, or all of them together are too long."""
+        """Return the content of a file; `ConfigError` if it is none, or all of them together are too long."""
         content = read_bytes(path, ConfigError, limit=_MOST_BYTES)
         self._left -= max(len(content), _LEAST_BYTES)
         if self._left < 0:
@@ -63,7 +63,7 @@ class _Files:
 
 @contextmanager
 def _including(files: _Files) -> Iterator[None]:
-    """Inside, pyhocon reads included files through `files`; its parser has no parameter for that."""
+    """Make pyhocon read included files through `files`, because its parser has no parameter for that."""
     from pyhocon import config_parser  # type: ignore[import-untyped]
 
     stock = config_parser.ConfigFactory

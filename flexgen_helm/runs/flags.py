@@ -16,11 +16,11 @@ from flexgen_helm.runs.names import check_suite_name
 from flexgen_helm.terminal.deadline import moment
 from flexgen_helm.terminal.parser import Parser
 
-POLICY = "where the model lives; these flags override what --policy says"
+POLICY = "where weights, KV cache and activations are kept, and how; these flags override --policy's settings"
 PolicySpec = str | dict[str, Any]
-"""A policy as a deployment's `args` have it: a name, a file, or the mapping itself."""
+"""A policy as in a deployment's `args`: a name, a file, or the mapping itself."""
 CHAT_TEMPLATE = {"yes": True, "no": False, "auto": None}
-"""A deployment's `apply_chat_template` by the word of the flag; None is left out, and HELM's rule holds."""
+"""A deployment's `apply_chat_template` by the flag's value; None is left out, so that HELM's rule applies."""
 
 
 RUN_EXAMPLES = (
@@ -48,10 +48,14 @@ def run_parser(
     _add_entry_flags(parser.group("what to run"))
     add_policy_flags(parser.group("policy", POLICY))
     output = parser.group("output")
-    # None tells what was not given: the demo has a place of its own.
-    output.add_argument("-o", "--output-path", metavar="DIR", help="where suites are written (benchmark_output)")
+    # None means not given: the demo has a default of its own.
+    output.add_argument(
+        "-o", "--output-path", metavar="DIR", help="directory of the suites (default: benchmark_output)"
+    )
     output.add_argument("--run-path", dest="output_path", metavar="DIR", default=argparse.SUPPRESS, help="same as -o")
-    output.add_argument("--suite", default="default", help="directory of the runs, in DIR/runs (default: default)")
+    output.add_argument(
+        "--suite", default="default", help="name of the suite: its runs are in DIR/runs/SUITE (default: default)"
+    )
     output.add_argument("--debug", action="store_true", help="show tracebacks and HELM's own log")
     add_helm_flags(parser.group("HELM", "HELM's own flags, with HELM's defaults"))
     return parser
@@ -59,7 +63,7 @@ def run_parser(
 
 def _add_model_flags(group: argparse._ActionsContainer) -> None:
     group.add_argument("--model", help="hub id (or org/model@revision), directory or GGUF file of the model")
-    group.add_argument("--path", help="where the weights are, if not under --model")
+    group.add_argument("--path", help="directory of the weights, if they are not at --model")
     add_length_flag(group)
     add_shaping_flags(group)
 
@@ -68,9 +72,9 @@ def _add_entry_flags(group: argparse._ActionsContainer) -> None:
     for flags, metavar, what in (
         (("-r", "--run-entries"), "ENTRY", "run entries, such as mmlu:subject=anatomy"),
         (("-c", "--conf-paths"), "CONF", "files of run entries, or names of shipped ones such as quick"),
-        (("--description",), "ENTRY", "run entries; --model replaces the model that they name"),
+        (("--description",), "ENTRY", "run entries, whose model is replaced by --model"),
     ):
-        told = f"{what}; any number, may be repeated"
+        told = f"{what}; several may be given, and the flag may be repeated"
         group.add_argument(*flags, nargs="+", action="extend", default=[], metavar=metavar, help=told)
     group.add_argument(
         "-m", "--max-eval-instances", type=int, metavar="N", help="evaluate at most this many instances of a run"
@@ -78,43 +82,47 @@ def _add_entry_flags(group: argparse._ActionsContainer) -> None:
 
 
 def add_policy_flags(group: argparse._ActionsContainer) -> None:
-    """Add what `policy_from_flags` reads."""
+    """Add the flags that `policy_from_flags` reads."""
     group.add_argument("--policy", help="a shipped policy's name, a YAML file, or auto (default)")
     add_memory_flags(group)
-    group.add_argument("--pad-to-seq-len", type=_pad, metavar="N", help="pad every prompt to N tokens, or: bucket")
-    group.add_argument("--gpu-batch-size", type=int, metavar="N", help="most sequences in a micro-batch")
-    group.add_argument("--num-gpu-batches", type=int, metavar="N", help="most micro-batches in a sweep")
+    group.add_argument(
+        "--pad-to-seq-len", type=_pad, metavar="N", help="pad every prompt to N tokens, or bucket: to a power of two"
+    )
+    group.add_argument("--gpu-batch-size", type=int, metavar="N", help="largest number of sequences in a micro-batch")
+    group.add_argument("--num-gpu-batches", type=int, metavar="N", help="largest number of micro-batches in a sweep")
     group.add_argument(
         "--percent",
         nargs="+",
         type=int,
         metavar="P",
-        help="six numbers: weights, cache and activations, each on GPU and CPU; the rest is disk",
+        help="six percents: weights, KV cache and activations, each on GPU and CPU; the rest is on disk",
     )
-    group.add_argument("--offload-dir", metavar="DIR", help="directory of the disk tier")
+    group.add_argument("--offload-dir", metavar="DIR", help="directory for what is kept on disk")
     for flag, what in (
         ("--pin-weight", "keep host weights page-locked"),
-        ("--cpu-cache-compute", "attend over host-resident KV on the CPU"),
+        ("--cpu-cache-compute", "compute attention to keys and values in host memory on the CPU"),
     ):
         group.add_argument(flag, type=_boolean, nargs="?", const=True, metavar="BOOL", help=what)
     for flag, kind, metavar, what in (
-        ("--compress-weight", _weight_codes, "CODES", "weights in 4 or 8 bits, or: lossless"),
-        ("--compress-cache", _bits, "BITS", "KV cache in 4 or 8 bits"),
+        ("--compress-weight", _weight_codes, "CODES", "compress weights to 4 or 8 bits, or: lossless"),
+        ("--compress-cache", _bits, "BITS", "compress the KV cache to 4 or 8 bits"),
     ):
         group.add_argument(flag, type=kind, nargs="?", const=True, metavar=metavar, help=what)
-    # What the first letters of these two have always meant in FlexGen's scripts, --cpu-memory or not.
+    # FlexGen's scripts use these abbreviations of two flags, which must not become ambiguous by --cpu-memory.
     group.add_argument("--cpu", dest="cpu_cache_compute", type=_boolean, nargs="?", const=True, help=argparse.SUPPRESS)
     group.add_argument("--gpu", dest="gpu_batch_size", type=int, help=argparse.SUPPRESS)
 
 
 def add_memory_flags(group: argparse._ActionsContainer) -> None:
-    """Add the limits of the two upper tiers, which every command knows by these names."""
-    group.add_argument("--gpu-memory", metavar="SIZE", help="what torch may reserve on the GPU: 16GB, 16GiB or 16")
-    group.add_argument("--cpu-memory", metavar="SIZE", help="what may be placed in host memory, written the same")
+    """Add the limits of GPU and host memory, which have these names in every command."""
+    group.add_argument(
+        "--gpu-memory", metavar="SIZE", help="limit of what torch reserves on the GPU: 16GB, 16GiB or 16 (GiB)"
+    )
+    group.add_argument("--cpu-memory", metavar="SIZE", help="limit of what is placed in host memory, written likewise")
 
 
 def add_stop_flag(parser: Parser) -> None:
-    """Add the flag of commands whose answers are kept, so that they may end before they are finished."""
+    """Add the flag of commands that store answers, and may therefore end before they are finished."""
     parser.group("what to run").add_argument(
         "--stop-before",
         type=moment,
@@ -124,22 +132,22 @@ def add_stop_flag(parser: Parser) -> None:
 
 
 def add_length_flag(parser: argparse._ActionsContainer) -> None:
-    """Add the flag of what `registration` makes HELM's max_sequence_length of."""
+    """Add the flag that sets HELM's max_sequence_length."""
     parser.add_argument(
         "--max-sequence-length",
         type=int,
         metavar="N",
-        help="longest prompt and answer together that HELM is to make (default: the model's own)",
+        help="most tokens of prompt and answer together (default: the model's context window)",
     )
 
 
 def add_shaping_flags(parser: argparse._ActionsContainer) -> None:
-    """Add what `shaping_from_flags` reads."""
+    """Add the flags that `shaping_from_flags` reads."""
     parser.add_argument(
         "--apply-chat-template",
         choices=tuple(CHAT_TEMPLATE),
         default="auto",
-        help="put prompts that are answered through the tokenizer's chat template (default: auto, where it has one)",
+        help="render prompts through the tokenizer's chat template (default: auto, if it has one)",
     )
     parser.add_argument(
         "--chat-template-kwargs",
@@ -147,22 +155,22 @@ def add_shaping_flags(parser: argparse._ActionsContainer) -> None:
         action="extend",
         default=[],
         metavar="NAME=VALUE",
-        help="arguments of the chat template itself, such as enable_thinking=false or reasoning_effort=high",
+        help="arguments of the chat template, such as enable_thinking=false or reasoning_effort=high",
     )
     parser.add_argument(
         "--reasoning",
         nargs="+",
         metavar="STYLE",
-        help="how the model thinks before it answers, which is not scored: auto (default), none, think, mistral, "
-        "harmony, or the two strings that it stands between",
+        help="how the model marks its thinking, which is not scored: auto (default), none, think, mistral, "
+        "harmony, or the two strings around it",
     )
     parser.add_argument(
-        "--thinking-budget", type=int, metavar="N", help="close the thinking after N tokens of it; 0 at once"
+        "--thinking-budget", type=int, metavar="N", help="end the thinking after N tokens; 0 ends it at once"
     )
     parser.add_argument(
         "--sampling",
         choices=("entry", "model"),
-        help="sample by what the run entry says (default), or by the model's generation_config.json",
+        help="take sampling settings from the run entry (default) or the model's generation_config.json",
     )
 
 
@@ -203,9 +211,9 @@ def _reasoning(words: Sequence[str] | None) -> str | dict[str, str] | None:
 
 
 def policy_from_flags(args: argparse.Namespace) -> PolicySpec | None:
-    """Return the policy that `--policy` and the flags over it mean, in the form a deployment's `args` take.
+    """Return the policy that `--policy` and the flags define, in the form of a deployment's `args`.
 
-    None if none of them is given; a command may have a part of them. Raises `ConfigError` if it is no policy.
+    None if no flag is given; a command may have only some of them. Raises `ConfigError` for an invalid policy.
     """
     overrides = {
         key: value
@@ -245,7 +253,7 @@ def checked_policy(name: str) -> str:
 
 
 def parse_run_flags(arguments: Sequence[str], parser: Parser | None = None) -> argparse.Namespace:
-    """Parse the command line of `run` (or of another `run_parser`); `ConfigError` for what cannot be meant."""
+    """Parse the command line of `run` (or of another `run_parser`); `ConfigError` for invalid values."""
     args = (parser or run_parser()).parse_args(arguments)
     if args.suite is not None:
         check_suite_name(args.suite)

@@ -1,4 +1,4 @@
-"""The judge of a command line: one of its models, or one more under a policy of its own."""
+"""The judge of a command line: one of its models, or another one with its own policy."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Bench:
-    """A judge that HELM knows."""
+    """A judge that is registered with HELM."""
 
     judge: Judge
     models: Models | None
-    """Not yet written to where HELM reads them; None where the judge is one of those that are judged."""
+    """Models to be written to HELM's files; None if the judge is one of the models that are judged."""
 
 
 def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequence[RunSpec]) -> Bench:
@@ -73,9 +73,9 @@ def find_judge(name: str, policy: str | None, models: Models, run_specs: Sequenc
 
 
 def _check_room(deployment: ModelDeployment) -> None:
-    """Raise `CapacityError` where a judge has no room for one request of one token.
+    """Raise `CapacityError` if a judge has no memory for one request of one token.
 
-    The bytes of a quantized model are known by its weight files, so one that is not fetched yet is not looked at.
+    The bytes of a quantized model are known from its weight files, so one that is not downloaded yet is not checked.
     """
     source = source_of(deployment)
     description = describe(source, download_weights=False)
@@ -85,7 +85,7 @@ def _check_room(deployment: ModelDeployment) -> None:
     policy = Policy.load(deployment.client_spec.args.get("policy", "auto"))
     smallest = [Job(prompt=(0,), max_new_tokens=1)]
     if engine_processes.cluster is not None:
-        return  # whoever of the workers opens it says so
+        return  # the worker that opens it reports that
     look = engine_processes.resources
     try:
         forecast_of(description.path, description.dtype, policy, smallest, look=look, has_weights=has_weights)
@@ -93,12 +93,12 @@ def _check_room(deployment: ModelDeployment) -> None:
         raise CapacityError(f"the judge {source} does not fit under its policy: {error}") from None
     except EngineError:
         raise
-    except Exception as error:  # a forecast is no reason to end: opening the judge says what is wrong
+    except Exception as error:  # an estimate must not end the command: opening the judge reports what is wrong
         _LOG.warning("whether the judge %s has room was not found out: %s", source, named(error))
 
 
 def judged_by(judge: Judge, run_specs: list[RunSpec]) -> tuple[list[RunSpec], list[str]]:
-    """The run specs as the judge judges them, and lines that are to be read at the end."""
+    """Return the run specs as judged by the judge, and lines for the user to read at the end."""
     notes = (
         [] if any(map(needs_judge, run_specs)) else [f"no run is judged by a model: --judge {judge.model} did nothing"]
     )

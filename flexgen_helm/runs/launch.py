@@ -1,4 +1,4 @@
-"""From a command line to a HELM run: everything is checked before anything is written or a weight is read."""
+"""Executes a command line by HELM: everything is checked before anything is written or a weight is read."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from flexgen_helm.terminal.progress import Progress
 def carry_out(
     args: argparse.Namespace, *, is_demo: bool = False, show: Callable[[Sequence[Score]], str] = table
 ) -> None:
-    """Execute parsed flags and print what `show` makes of the scores.
+    """Execute parsed flags and print what `show` returns for the scores.
 
-    Raises `EngineError` for bad input, which leaves nothing behind, and `RunFailed` for a failed run.
+    Raises `EngineError` for bad input, which leaves no files, and `RunFailed` for a failed run.
     """
     policy = policy_from_flags(args)
     args.output_path = args.output_path or "benchmark_output"
@@ -69,19 +69,19 @@ def carry_out(
 
 
 def watch_folders(args: argparse.Namespace, footprint: Footprint) -> None:
-    """Note the folders that HELM makes for all runs of a suite; `ConfigError` for one that cannot be written."""
+    """Note the folders that HELM creates for all runs of a suite; `ConfigError` for one that cannot be written."""
     output, suite = Path(args.output_path), Path(args.output_path) / "runs" / str(args.suite)
     footprint.watch_downloads(output / "scenarios")
     footprint.watch([output / "scenario_instances", suite / "eval_cache", Path(args.local_path) / CACHE_DIR])
 
 
 def take_back(footprint: Footprint) -> None:
-    """Remove what a refused command has made itself; downloads and answers are kept."""
+    """Remove what a refused command has created itself; downloads and answers are kept."""
     footprint.undo(is_spent=lambda file: not _holds_answers(file))
 
 
 def _holds_answers(file: Path) -> bool:
-    """Whether a cache of HELM's, just made for a client of ours, holds anything; those of tokenizers are made again."""
+    """Whether a new cache of HELM's for our client contains anything; those of tokenizers are created again."""
     if file.stem != DEPLOYMENTS or not file.stat().st_size:
         return False
     try:
@@ -107,11 +107,11 @@ class Prepared:
 
     run_specs: list[RunSpec]
     models: Models
-    """Not yet written to where HELM reads them."""
+    """Models to be written to HELM's files."""
     notes: list[str]
-    """Lines that are to be read at the end."""
+    """Lines for the user to read at the end."""
     bench: Bench | None = None
-    """The judge, where one is named."""
+    """The judge, if one is named."""
 
     def write(self, local_path: str, made: Callable[[Path], None] = lambda file: None) -> None:
         """`Models.write` of all models, the judge's among them."""
@@ -125,7 +125,7 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
     _register_with_helm(args)
     entries = read_entries(args)
     check_run_spec_names(entries)
-    if problem := model_problem():  # imports torch, which what has been checked up to here does without
+    if problem := model_problem():  # imports torch, which the checks up to here do not need
         raise InstallationError(problem)
     _register_models_of_huggingface(args)
     named = [args.model] if args.model else list(args.models_to_run or [])
@@ -158,9 +158,9 @@ def prepare(args: argparse.Namespace, policy: PolicySpec | None, *, is_demo: boo
 
 
 def _register_what_helm_ships() -> None:
-    """Make HELM know the models, deployments and tokenizers of its package, 570 kB of YAML.
+    """Register the models, deployments and tokenizers of HELM's package, 570 kB of YAML.
 
-    It reads them by `yaml.safe_load`, in Python, which takes seconds; libyaml makes the same of them, far faster.
+    HELM reads them by `yaml.safe_load`, in Python, which takes seconds; libyaml gives the same result much faster.
     """
     in_python = yaml.safe_load
     if yaml.__with_libyaml__:
@@ -172,25 +172,25 @@ def _register_what_helm_ships() -> None:
 
 
 def register_what_is_installed() -> None:
-    """Make HELM know what it ships, and what installed plugins register."""
+    """Register what HELM ships, and what installed plugins register."""
     _register_what_helm_ships()
     load_entry_point_plugins()
 
 
 def _register_with_helm(args: argparse.Namespace) -> None:
-    """Make HELM know what `helm-run` would make it know."""
+    """Register what `helm-run` would register."""
     _register_what_helm_ships()
     check_local_path(args.local_path)
     try:
         register_configs_from_directory(args.local_path)
         load_entry_point_plugins()
         import_user_plugins(args.plugins or [])
-    except Exception as error:  # whatever is in the user's files
+    except Exception as error:  # the user's files may hold anything
         raise ConfigError(f"HELM cannot read {args.local_path} or the plugins: {named(error)}") from error
 
 
 def _register_models_of_huggingface(args: argparse.Namespace) -> None:
-    """Make HELM know the models that its own client is to run."""
+    """Register the models that HELM's own client is to run."""
     if not (args.enable_huggingface_models or args.enable_local_huggingface_models):
         return
     from helm.benchmark import huggingface_registration as helm
@@ -200,7 +200,7 @@ def _register_models_of_huggingface(args: argparse.Namespace) -> None:
             helm.register_huggingface_hub_model_from_flag_value(name)
         for name in args.enable_local_huggingface_models:
             helm.register_huggingface_local_model_from_flag_value(name)
-    except Exception as error:  # whatever the hub or the directory holds
+    except Exception as error:  # the hub or the directory may hold anything
         raise ConfigError(f"HELM cannot register the model {name}: {named(error)}") from error
 
 
@@ -216,7 +216,7 @@ def _execute(args: argparse.Namespace, prepared: Prepared, show: Callable[[Seque
     before = {run_spec.name: _stamp(args, run_spec) for run_spec in run_specs}
     try:
         if not args.disable_cache and not args.mongo_uri:
-            # Of pickles, which HELM would let others write to under a wide umask.
+            # Caches hold pickles, which HELM would let others write to under a permissive umask.
             os.makedirs(os.path.join(args.local_path, CACHE_DIR), mode=0o700, exist_ok=True)
         run_benchmarking(
             run_specs=run_specs,
@@ -240,7 +240,7 @@ def _execute(args: argparse.Namespace, prepared: Prepared, show: Callable[[Seque
         failure = error
     throughput = display.close()
     path = Path(args.output_path) / "runs" / args.suite
-    # What an earlier command left of a run is no result of this one, unless it was asked to skip what is completed.
+    # Files that an earlier command left of a run are not this command's results, unless completed runs are skipped.
     done = [spec for spec in run_specs if args.skip_completed_runs or _stamp(args, spec) != before[spec.name]]
     scores = read_scores(done, path)
     if scores and not args.dry_run:

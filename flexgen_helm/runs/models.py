@@ -1,4 +1,4 @@
-"""Models named on a command line: found among what HELM knows or made from their files, registered, written down."""
+"""The models named on a command line: found among those that HELM knows, or made from their files, and registered."""
 
 from __future__ import annotations
 
@@ -49,30 +49,30 @@ class Models:
         max_sequence_length: int | None = None,
         **shaping: Any,
     ) -> None:
-        """`policy` None leaves a deployment that HELM knows its own; `path` is where the weights of --model are.
+        """`policy` None keeps a known deployment's own; `path` is the directory of the weights of --model.
 
-        `shaping` are args of `Shaping` that a deployment is to have.
+        `shaping` are args of `Shaping` for the deployment.
         """
         self._policy = policy
         self._path = path
         self._shaping = Shaping.of(shaping).given()
         self._max_sequence_length = max_sequence_length
         self.notes: list[str] = []
-        """Lines that are to be read at the end."""
+        """Lines for the user to read at the end."""
         self._entries: dict[str, Entries] = {}
         self._problems: dict[str, EngineError] = {}
         self._checks: list[Callable[[], None]] = []
-        """The checks in progress: each returns when a model is known to be fit, or raises."""
+        """The checks in progress: each returns when a model has been accepted, or raises."""
 
     @property
     def names(self) -> Collection[str]:
-        """What has been looked up and can be run, as it was named."""
+        """The models that were looked up and can be run, by the names that were given."""
         return self._entries.keys()
 
     def target(self, model: str) -> Target:
         """Register a hub id, directory or HELM model name with HELM, and return its names.
 
-        Raises `EngineError` for a model that cannot be run; reads no weights. The findings of `problems` are not known
+        Raises `EngineError` for a model that cannot be run; reads no weights. The results of `problems` are not known
         yet.
         """
         if model in self._problems:  # hundreds of entries may name it
@@ -85,14 +85,14 @@ class Models:
                 raise
             register_in_process(entries)
             if self._path:
-                register_tokenizer_config(entries.tokenizer)  # that of --path, not of the hub
+                register_tokenizer_config(entries.tokenizer)  # the one of --path, not of the hub
             refuse_code_of_tokenizer(entries.tokenizer.name)
             self._entries[model] = entries
         entries = self._entries[model]
         return Target(model=entries.model.name, model_deployment=entries.deployment.name)
 
     def problems(self) -> Iterator[EngineError]:
-        """What is found wrong with models when they are built without weights; waits until that is known of all."""
+        """Yield the errors of models that were built without weights; waits until all are checked."""
         while self._checks:
             try:
                 self._checks.pop(0)()
@@ -103,15 +103,15 @@ class Models:
         self._checks.append(engine_processes.check(description, policy))
 
     def write(self, local_path: str, made: Callable[[Path], None] = lambda file: None) -> None:
-        """Merge the models into HELM's files, which is all that helm-summarize and helm-server read.
+        """Merge the models into HELM's files, the only ones that helm-summarize and helm-server read.
 
-        `made` is called with each file that was not there.
+        `made` is called with each file that is created.
         """
         for entries in self._entries.values():
             merge_into_local_path(entries, local_path, made)
 
     def cache_names(self) -> set[str]:
-        """What HELM calls the files in which it caches requests to these models, and their tokens."""
+        """HELM's names of the files in which it caches requests to these models, and their tokens."""
         return {
             name.split("/")[0]
             for each in self._entries.values()
@@ -119,7 +119,7 @@ class Models:
         }
 
     def _known(self, model: str) -> Entries | None:
-        """Take a deployment of ours that HELM knows by the model's HELM name, under the policy of this run."""
+        """Use a deployment of ours that HELM knows by the model's HELM name, under the policy of this run."""
         deployment = None if self._path or Path(model).expanduser().exists() else our_deployment(model)
         if deployment is None:
             return None
@@ -144,7 +144,7 @@ class Models:
         return Entries(model=get_model_metadata(model), tokenizer=tokenizer, deployment=deployment)
 
     def _tell_kept(self, deployment: ModelDeployment, given: Collection[str]) -> None:
-        """Note what a known deployment has beyond a new one's args, but for those that are `given` now."""
+        """Note which args a known deployment has that a new one would not have, except for those `given` now."""
         plain = {"pretrained_model_name_or_path": source_of(deployment), "policy": "auto"}
         args = deployment.client_spec.args
         others = {name: value for name, value in args.items() if name not in given and value != plain.get(name)}
@@ -166,7 +166,7 @@ class Models:
         )
         other = None if self._path else our_deployment(entries.model.name)
         if other is not None and os.path.realpath(source_of(other)) != os.path.realpath(source_of(entries.deployment)):
-            # HELM's cache of tokens goes by the name.
+            # HELM's cache of tokens uses the name as key.
             raise ConfigError(
                 f"HELM already knows {entries.model.name}, as {source_of(other)}, which is not {model}; "
                 "give this run another --local-path"
@@ -175,7 +175,7 @@ class Models:
 
 
 def our_deployment(model: str) -> ModelDeployment | None:
-    """Return the deployment of ours that HELM would take for a model, if there is one."""
+    """Return the deployment of ours that HELM would use for a model, if there is one."""
     ours = [
         deployment
         for deployment in ALL_MODEL_DEPLOYMENTS
@@ -185,7 +185,7 @@ def our_deployment(model: str) -> ModelDeployment | None:
 
 
 def refuse_code_of_tokenizer(name: str) -> None:
-    """Let HELM in this process load a tokenizer without asking whether its directory's code may run."""
+    """Make HELM load a tokenizer in this process without asking whether its directory's code may run."""
     known = TOKENIZER_NAME_TO_CONFIG[name]
     spec = known.tokenizer_spec
     if spec.class_name == TOKENIZER and "trust_remote_code" not in (spec.args or {}):

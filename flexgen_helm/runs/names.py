@@ -1,4 +1,4 @@
-"""Names of suites and runs, which become names of directories, and of models: refused before anything is computed."""
+"""Checks names of suites, runs and models, which become names of directories, before anything is computed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from engine.errors import ConfigError
 from flexgen_helm.helm.scratch import SCRATCH
 
 _LONGEST_NAME = 255
-"""Bytes, on all file systems that are in use."""
+"""In bytes, for all common file systems."""
 
 
 def check_suite_name(name: str) -> None:
-    """Raise `ConfigError` for a suite name that is not a lasting directory next to the other suites."""
+    """Raise `ConfigError` for a suite name that is no valid directory next to the other suites."""
     if not name:
         raise ConfigError("name the suite with --suite")
     if Path(name).name != name or "\\" in name or name in (".", "..") or not name.isprintable():
@@ -31,7 +31,7 @@ def check_suite_name(name: str) -> None:
 
 
 def check_run_names(names: Iterable[str]) -> None:
-    """Raise `ConfigError` for a run whose directory no file system can hold."""
+    """Raise `ConfigError` for a run whose directory's name no file system can hold."""
     for name in names:
         size = len(os.fsencode(name))
         if size > _LONGEST_NAME:
@@ -42,7 +42,7 @@ def check_run_names(names: Iterable[str]) -> None:
 
 
 def check_one_file_system(suite_path: Path) -> None:
-    """Raise `ConfigError` where a suite's directory is on another file system than the scratch directory next to it."""
+    """Raise `ConfigError` if a suite's directory is on another file system than the scratch directory next to it."""
     beside = suite_path.parent
     if suite_path.exists() and os.stat(suite_path).st_dev != os.stat(beside).st_dev:
         raise ConfigError(

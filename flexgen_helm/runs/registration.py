@@ -45,7 +45,7 @@ from flexgen_helm.runs.yaml_lists import MAX_BYTES, add_to_yaml_lists
 
 CLIENT = "flexgen_helm.client.FlexGenClient"
 DEPLOYMENTS = "flexgen"
-"""What the names of our deployments begin with; HELM calls the cache of their requests so."""
+"""The prefix of the names of our deployments, after which HELM names the cache of their requests."""
 WITHOUT_CODE = {"trust_remote_code": False}
 """Without it, transformers asks on standard input whether code of a model's directory may run, and takes a `y` as
 consent."""
@@ -90,7 +90,7 @@ def entries_for(
     tokenizer, translator = _read_tokenizer(description, shaped, helm_name)
     longest, window = _longest_sequence(model, max_sequence_length, description, translator)
     if check is None:
-        from engine.opening import check_model  # loads torch, which is not checked before
+        from engine.opening import check_model  # loads torch, which has not been checked before
     (check or check_model)(with_window(description, window), Policy.load(policy))
     args = {"pretrained_model_name_or_path": source, "policy": _policy_for_yaml(policy), **shaped.given()}
     if window is not None:
@@ -119,7 +119,7 @@ def entries_for(
 def _read_tokenizer(
     description: ModelDescription, shaping: Shaping, name: str = ""
 ) -> tuple[TokenizerConfig, Translator]:
-    """HELM's entry of a model's tokenizer, and what would translate for the model."""
+    """Return HELM's entry of a model's tokenizer, and the translator for the model."""
     from helm.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
 
     path, settings = description.path, read_generation_config(Path(description.path))
@@ -154,9 +154,9 @@ def source_of(deployment: ModelDeployment) -> str:
 
 
 def located_tokenizer(known: TokenizerConfig, deployment: ModelDeployment) -> TokenizerConfig:
-    """HELM's entry of the tokenizer of a deployment of ours, of a GGUF file as it is now, else `known`.
+    """Return HELM's entry of the tokenizer of a deployment of ours; of a GGUF file as it is now, else `known`.
 
-    The directory that is made of such a file is another one for each of its states.
+    The directory that is made from such a file differs for each of its states.
     """
     if gguf_file(source := source_of(deployment)) is None:
         return known
@@ -164,7 +164,7 @@ def located_tokenizer(known: TokenizerConfig, deployment: ModelDeployment) -> To
 
 
 def applies_chat_template(deployment: ModelDeployment, source: str) -> bool:
-    """Whether a deployment of ours of the model `source` puts prompts through its chat template; fetches no weights."""
+    """Whether a deployment of ours of the model `source` renders prompts by its chat template; downloads no weights."""
     return _read_tokenizer(describe(source, download_weights=False), shaping_of(deployment))[1].applies_chat_template
 
 
@@ -218,7 +218,7 @@ def with_longest_sequence(deployment: ModelDeployment, source: str, longest: int
 
 
 def shaping_of(deployment: ModelDeployment) -> Shaping:
-    """What of a deployment of ours shapes its answers."""
+    """Return the args of a deployment of ours that affect its answers."""
     return Shaping.of({name: value for name, value in deployment.client_spec.args.items() if name in NAMES})
 
 
@@ -233,10 +233,10 @@ def _policy_for_yaml(policy: str | Path | Mapping[str, Any] | Policy) -> str | d
 
 
 def register_in_process(entries: Entries) -> None:
-    """Make HELM in this process know the entries.
+    """Register the entries with HELM in this process.
 
-    Model and tokenizer, but that of a GGUF file, stay as they are if they are registered; the deployment is replaced,
-    because it says how this run is to be done.
+    Model and tokenizer, except that of a GGUF file, are unchanged if they are registered; the deployment is replaced,
+    because it defines how this run is executed.
     """
     if entries.model.name not in MODEL_NAME_TO_MODEL_METADATA:
         register_model_metadata(dataclasses.replace(entries.model))
@@ -274,7 +274,7 @@ def merge_into_local_path(
 
 
 def _as_now(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """An entry with `WITHOUT_CODE`, which earlier versions left out and which holds for their entries, too."""
+    """An entry with `WITHOUT_CODE`, which earlier versions left out and which applies to their entries, too."""
     spec: Any = entry.get("tokenizer_spec")
     args = spec.get("args") if isinstance(spec, Mapping) and spec.get("class_name") == TOKENIZER else None
     if not isinstance(args, Mapping):
@@ -283,7 +283,7 @@ def _as_now(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _as_mapping(entry: ModelMetadata | TokenizerConfig | ModelDeployment) -> dict[str, Any]:
-    """The fields that differ from their defaults, as HELM's YAML has them."""
+    """The fields that differ from their defaults, as in HELM's YAML."""
     defaults = {field.name: field.default for field in dataclasses.fields(entry)}
     return {
         name: value

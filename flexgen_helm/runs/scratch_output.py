@@ -1,4 +1,4 @@
-"""A temporary output directory of HELM's that reads the data of another one."""
+"""A temporary HELM output directory that reads the data of another one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _DATA = "scenarios"
 
 @contextmanager
 def scratch_output(data_of: Path, *, keeps_downloads: bool = False) -> Iterator[Path]:
-    """Make a directory for runs, with the scenarios' data of the output directory `data_of`, if it has some.
+    """Create a directory for runs, with the scenarios' data of the output directory `data_of`, if it has some.
 
-    HELM takes it for its output directory meanwhile. Where `data_of` has no data, what is downloaded is lost, unless
-    `keeps_downloads` lets it have some. Raises `ConfigError` where that cannot be.
+    HELM uses it as its output directory meanwhile. If `data_of` has no data, downloads are lost, unless
+    `keeps_downloads` stores them there. Raises `ConfigError` if that is impossible.
     """
     before = get_benchmark_output_path()
     with tempfile.TemporaryDirectory(prefix="flexgen-helm-") as folder:

@@ -1,4 +1,4 @@
-"""Adds named entries to the lists of YAML files that people edit, without touching what stands in them."""
+"""Adds named entries to the lists of YAML files that people edit, without changing what is in them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Addition = tuple[Path, str, Mapping[str, Any]]
 
 
 MAX_BYTES = 1 << 21
-"""HELM's own list of all models has a sixth of it."""
+"""Six times HELM's own list of all models."""
 _WAIT_S = 30.0
-"""The longest time for another process to add its entries, which are a few lines."""
+"""Longest wait, in seconds, for another process to add its entries, which are a few lines."""
 
 
 def add_to_yaml_lists(
@@ -48,7 +48,7 @@ def add_to_yaml_lists(
             if not same_name:
                 texts[path] = _with_entry(path, key, text or "", entry)
             elif as_now(same_name[-1]) != entry:
-                notices.append(f"{path} has another entry {entry['name']}; it was kept as it is")
+                notices.append(f"{path} has another entry {entry['name']}; that entry was kept")
         for path, text in texts.items():
             is_new = not path.exists()
             _replace(path, text)
@@ -59,7 +59,7 @@ def add_to_yaml_lists(
 
 @contextmanager
 def _held(folders: set[Path]) -> Iterator[None]:
-    """Hold the folders, made if need be, against other processes that add entries; `ConfigError` after `_WAIT_S`."""
+    """Lock the folders, created if necessary, against other processes that add entries; else `ConfigError`."""
     handles: list[int] = []
     try:
         for folder in sorted(folders):

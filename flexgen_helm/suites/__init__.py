@@ -1,4 +1,4 @@
-"""Suites that have run: reading a suite's directory, and what changed from one suite to another beyond noise.
+"""Finished suites: reads a suite's directory, and finds what changed from one suite to another beyond noise.
 
-Imports the engine's errors, and of flexgen_helm helm's scores and sweeps' record.
+It imports the engine's errors, and `planning`, `helm` and `sweeps` of flexgen_helm.
 """

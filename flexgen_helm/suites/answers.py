@@ -1,4 +1,4 @@
-"""What a run's model wrote: how long its answers are, how many were cut off, and a few of them to read."""
+"""A run's answers: how long they are, how many were cut off, and a few of them to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.reading import open_file, read_json
 from flexgen_helm.sweeps.record import Lengths
 
 FEWEST_TOKENS = 16
-"""Runs that allow fewer ask for a letter, a word or a number: there is nothing to read, nor much to cut off."""
+"""Runs that allow fewer tokens ask for a letter, a word or a number: there is little to read or to cut off."""
 MOST_CHARACTERS = 3_000
 """The most characters of a text that are shown; the rest is counted."""
 
@@ -31,11 +31,11 @@ class Excerpt:
 
     text: str
     num_left_out: int
-    """Characters that follow."""
+    """The number of characters that follow."""
 
     @classmethod
     def of(cls, text: str) -> Excerpt:
-        """At most `MOST_CHARACTERS` of `text`."""
+        """Take at most `MOST_CHARACTERS` of `text`."""
         return cls(text=text[:MOST_CHARACTERS], num_left_out=max(0, len(text) - MOST_CHARACTERS))
 
 
@@ -44,9 +44,9 @@ class Sample:
     """One answer, for reading."""
 
     why: str
-    """What it is among all: "first", "longest", "cut off"."""
+    """Why it was chosen: "first", "longest", "cut off"."""
     instance: str
-    """HELM's id."""
+    """HELM's id of the instance."""
     asked: Excerpt
     """The instance's question, without instructions and examples."""
     thinking: Excerpt | None
@@ -64,7 +64,7 @@ class Answers:
     lengths: Lengths
     """The lengths without thinking."""
     thought: int
-    """Answers before which the model thought."""
+    """Number of answers before which the model thought."""
     cut_off: int | None
     """The number of answers that were cut off at their limit; None where finish reasons are missing, as from HELM's
     own client of local models."""
@@ -74,9 +74,9 @@ class Answers:
 
 
 def read_answers(path: Path) -> Answers | None:
-    """The answers of the run in a directory.
+    """Read the answers of the run in a directory.
 
-    None where it allows fewer than `FEWEST_TOKENS`, has none, or has files that cannot be read.
+    None if it allows fewer than `FEWEST_TOKENS`, has none, or has files that cannot be read.
     """
     try:
         if read_json(path / "run_spec.json", ConfigError)["adapter_spec"]["max_tokens"] < FEWEST_TOKENS:
@@ -92,9 +92,9 @@ def read_answers(path: Path) -> Answers | None:
 
 
 def request_states(path: Path) -> Iterator[dict[str, Any]]:
-    """Each of HELM's request states in a `scenario_state.json`, one at a time: the file may be larger than memory.
+    """Yield each of HELM's request states in a `scenario_state.json`, one by one: the file may not fit into memory.
 
-    Raises `ConfigError` for a file that cannot be read, `ValueError` for one that is none of HELM's.
+    Raises `ConfigError` for a file that cannot be read, `ValueError` for one that HELM has not written.
     """
     decoder, characters = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
     with open_file(path, ConfigError) as stream:
@@ -130,7 +130,7 @@ def _counted(found: Iterator[tuple[dict[str, Any], dict[str, Any]]]) -> Answers 
     first = longest = cut = None
     for state, completion in found:
         number = len(completion["tokens"])
-        if completion["text"] and not number:  # of a client that tells no tokens
+        if completion["text"] and not number:  # from a client that returns no tokens
             return None
         reason = _reason(completion)
         has_reasons |= bool(reason)
@@ -185,7 +185,7 @@ def _sample(why: str, state: Mapping[str, Any], completion: Mapping[str, Any]) -
 
 
 def _asked(state: Mapping[str, Any]) -> str:
-    """The instance's own text; where HELM keeps none (a conversation), what was said last."""
+    """The instance's own text; if HELM stores none (a conversation), the last message."""
     text = str(state["instance"]["input"].get("text", ""))
     messages = state["request"].get("messages") or state["instance"]["input"].get("messages") or ()
     return text or (str(messages[-1]["content"]) if messages else str(state["request"].get("prompt", "")))

@@ -41,7 +41,7 @@ class Noise:
     num_changed: int
     """Instances whose values differ, where they are paired."""
     samples: Array
-    """The resampled differences."""
+    """Resampled differences."""
 
 
 class Mean:
@@ -61,7 +61,7 @@ class Mean:
         self._is_paired &= noise.is_paired
 
     def noise(self, confidence: float) -> Noise:
-        """The noise of the mean of all that were added."""
+        """Return the noise of the mean of all scores that were added."""
         count = len(self._differences)
         least = _least_sign_test(self._num_changed) if self._is_paired else 0.0
         noise = _noise(self._samples / count, math.fsum(self._differences) / count, confidence, least)
@@ -76,11 +76,11 @@ def num_samples(num_scores: int, confidence: float) -> int:
 def compare_scores(
     before: Sums, after: Sums, *, name: str, confidence: float, samples: int, is_exponential: bool = False
 ) -> Noise:
-    """Bootstrap the difference of two scores; paired where both have the same instances.
+    """Bootstrap the difference of two scores; paired if both have the same instances.
 
-    `name` seeds the draws, so that a result depends on nothing but its run. A p-value is never below what a sign test
-    of the changed instances (paired), or a permutation test of the two groups, could reach: a bootstrap takes few
-    instances for more than they are.
+    `name` seeds the draws, so that a result depends only on its run. A p-value is never below the minimum of a sign
+    test of the changed instances (paired), or of a permutation test of the two groups: with few instances, a bootstrap
+    underestimates p-values.
     """
     generator = np.random.default_rng(zlib.crc32(name.encode("utf-8", errors="replace")))
     observed = _of(after, is_exponential) - _of(before, is_exponential)
@@ -103,7 +103,7 @@ def compare_scores(
 
 
 def whole_score_p_value(difference: float, num_before: int, num_after: int) -> float:
-    """A p-value for a score without values per instance: as if it were the share of right answers, at its noisiest."""
+    """A p-value for a score without values per instance: as if it were a fraction of right answers, with most noise."""
     if not num_before or not num_after:
         return 0.0 if difference else 1.0
     deviation = 0.5 * math.sqrt(1 / num_before + 1 / num_after)
@@ -111,7 +111,7 @@ def whole_score_p_value(difference: float, num_before: int, num_after: int) -> f
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values: rejecting those below alpha errs on any of them with a probability of at most alpha."""
+    """Return Holm's adjusted p-values: rejecting those below alpha makes any error with probability at most alpha."""
     order = sorted(range(len(p_values)), key=lambda at: p_values[at])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, at in enumerate(order):
@@ -121,7 +121,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def is_rounding(before: float, after: float) -> bool:
-    """Whether two scores are the same but for rounding."""
+    """Whether two scores are equal up to rounding."""
     return abs(after - before) <= ROUNDING * max(1.0, abs(before))
 
 
@@ -148,7 +148,7 @@ def _least_sign_test(num_changed: int) -> float:
 def _resample(rows: Array, samples: int, generator: np.random.Generator) -> Array:
     """Sums over as many rows as there are, drawn with replacement, `samples` times.
 
-    How often each distinct row is drawn is multinomial: scores that are right or wrong cost next to nothing.
+    The number of draws of each distinct row is multinomial, so scores that are right or wrong cost very little.
     """
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
     shares = counts / counts.sum()

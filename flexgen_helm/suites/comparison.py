@@ -35,7 +35,7 @@ class ScoreChange:
     p_value: float | None = None
     """Corrected for the number of scores compared."""
     how: str = ""
-    """"paired", "unpaired" or "whole": how its noise was found."""
+    """How its noise was determined: "paired", "unpaired" or "whole"."""
     instances: int = 0
     """The number of instances in the second suite."""
     changed: int = 0
@@ -44,7 +44,7 @@ class ScoreChange:
 
     @property
     def difference(self) -> float | None:
-        """The second score less the first."""
+        """The second score minus the first."""
         return None if self.before is None or self.after is None else self.after - self.before
 
     @property
@@ -69,13 +69,13 @@ class Comparison:
 
     @property
     def failures(self) -> list[ScoreChange | SpeedChange]:
-        """What fails the gate."""
+        """The changes that fail the gate."""
         changes: list[ScoreChange | SpeedChange] = [*self.scores, *self.means, *self.speeds]
         return [change for change in changes if change.is_failure]
 
     @property
     def num_tests(self) -> int:
-        """Scores compared, which p-values are corrected for."""
+        """Number of compared scores, for which p-values are corrected."""
         return sum(change.p_value is not None for change in (*self.scores, *self.means))
 
     def mapping(self) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def compare_suites(
 ) -> Comparison:
     """Compare run by run and model by model.
 
-    A score has changed where a bootstrap over instances says so with `confidence`, after Holm's correction for all the
-    scores compared; a model is slower where it computes fewer tokens a second by more than the share `slowdown`.
+    A score has changed if a bootstrap over instances says so with `confidence`, after Holm's correction for all
+    compared scores; a model is slower if it computes fewer tokens per second by more than the fraction `slowdown`.
     """
     matched: list[tuple[Run, Run]] = []
     settled: list[ScoreChange] = []
@@ -156,7 +156,7 @@ def _without_scores(before: Run | None, after: Run | None) -> ScoreChange:
 
 
 def _test(matched: Sequence[tuple[Run, Run]], confidence: float) -> tuple[list[ScoreChange], list[ScoreChange]]:
-    """The changes of runs that are scored in both, and of their means: many small losses that no run alone shows."""
+    """Test the runs that are scored in both suites, and their means, which reveal many small losses together."""
     samples = bootstrap.num_samples(len(matched) + 1, confidence)
     changes: list[ScoreChange] = []
     runs = [after for _, after in matched]
@@ -181,7 +181,7 @@ def _test(matched: Sequence[tuple[Run, Run]], confidence: float) -> tuple[list[S
 
 
 def _noise(before: Run, after: Run, confidence: float, samples: int) -> Noise | None:
-    """The bootstrap of a run that is scored in both; None where it cannot be had, or the metrics differ."""
+    """Bootstrap a run that is scored in both suites; None if that is impossible, or the metrics differ."""
     assert before.score is not None
     assert after.score is not None
     if (before.score.metric, before.score.split) != (after.score.metric, after.score.split):
@@ -194,12 +194,12 @@ def _noise(before: Run, after: Run, confidence: float, samples: int) -> Noise | 
         return bootstrap.compare_scores(
             first, second, name=after.name, confidence=confidence, samples=samples, is_exponential=is_exponential
         )
-    except OverflowError:  # a perplexity beyond what a number holds
+    except OverflowError:  # a perplexity too large for a float
         return None
 
 
 def _change(before: Run, after: Run, noise: Noise | None) -> ScoreChange:
-    """A run's change with its own p-value; the verdict is still to come."""
+    """Return a run's change with its own p-value; the verdict follows later."""
     first, second = before.score, after.score
     assert first is not None
     assert second is not None
@@ -249,7 +249,7 @@ def _with_noise(change: ScoreChange, noise: Noise) -> ScoreChange:
 
 
 def _judged(change: ScoreChange, run: Run, confidence: float) -> ScoreChange:
-    """The change with its verdict."""
+    """Return the change with its verdict."""
     assert change.p_value is not None
     assert change.before is not None
     assert change.after is not None

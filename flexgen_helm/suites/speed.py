@@ -22,7 +22,7 @@ class SpeedChange:
     deployment: str
     verdict: Verdict
     before: float | None = None
-    """Tokens a second, loading included."""
+    """Tokens per second, loading included."""
     after: float | None = None
     seconds_before: float | None = None
     seconds_after: float | None = None
@@ -31,12 +31,12 @@ class SpeedChange:
 
     @property
     def name(self) -> str:
-        """The deployment's."""
+        """The deployment's name."""
         return self.deployment
 
     @property
     def change(self) -> float | None:
-        """Share by which tokens a second grew."""
+        """The growth of tokens per second, as a fraction."""
         return self.after / self.before - 1 if self.before and self.after is not None else None
 
     @property
@@ -53,7 +53,7 @@ def tokens_per_second(model: ModelRecord) -> float | None:
 
 
 def difference_of(before: SweepRecord, after: SweepRecord, deployment: str) -> str | None:
-    """Why a model's speeds in two suites cannot be compared; None where they can."""
+    """Why a model's speeds in two suites cannot be compared; None if they can."""
     first, second = (
         next((each for each in record.models if each.deployment == deployment), None) for record in (before, after)
     )

@@ -1,4 +1,4 @@
-"""A suite's directory as HELM and a sweep left it: its runs, their main scores and values per instance."""
+"""Reads a suite's directory, as written by HELM and a sweep: its runs, their main scores and values per instance."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from flexgen_helm.sweeps.record import FILE_NAME, Lengths, ModelRecord, RunRecor
 Status = Literal["done", "failed", "skipped", "unjudged", "unfinished"]
 
 RATIOS = {"bits_per_byte": ("num_bytes", 1 / math.log(2)), "perplexity": ("num_perplexity_tokens", 1.0)}
-"""Metrics that HELM takes from sums over all instances: minus log-probability per what, times what.
+"""Metrics that HELM computes from sums over all instances: minus log-probability, divided by the first, times the
+second.
 
-The perplexity is the exponential of that."""
+The perplexity is the exponential of that.
+"""
 LOWER_IS_BETTER = frozenset({*RATIOS, "error_rate"})
-"""Known without asking the metrics."""
+"""Metrics for which this is known without asking them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +50,17 @@ class Run:
 
     @property
     def is_scored(self) -> bool:
-        """Whether it ended well and has a score."""
+        """Whether it ended successfully and has a score."""
         return self.status in ("done", "skipped") and self.score is not None and self.score.value is not None
 
     @property
     def value(self) -> float | None:
-        """The score, where there is one."""
+        """The score, if there is one."""
         return self.score.value if self.is_scored and self.score is not None else None
 
     @property
     def key(self) -> str:
-        """Its name without the deployment: the same for the same work of one model, however it was served."""
+        """Its name without the deployment, so that the same work of one model has the same key whatever served it."""
         return key_of(self.name)
 
 
@@ -87,13 +89,13 @@ class Suite:
 
     @property
     def models(self) -> dict[str, ModelRecord]:
-        """What is recorded of each deployment."""
+        """The record of each deployment."""
         return {each.deployment: each for each in self.record.models} if self.record else {}
 
     def counterpart(self, run: Run, *, any_model: bool = False) -> Run | None:
-        """This suite's run of the same work: of the same name, else of the same model by another deployment.
+        """Return this suite's run of the same work: of the same name, else of the same model by another deployment.
 
-        With `any_model`, also of another model, where either suite has a single one.
+        With `any_model`, also of another model, if either suite has only one.
         """
         if run.name in self.runs:
             return self.runs[run.name]
@@ -104,7 +106,7 @@ class Suite:
 
 
 def key_of(name: str) -> str:
-    """A run's name without the deployment, its arguments sorted: HELM has them in the order they were given in."""
+    """A run's name without the deployment, with sorted arguments: HELM leaves them in the order of the entry."""
     before, _, rest = name.partition(":")
     return f"{before}:{','.join(sorted(part for part in rest.split(',') if not part.startswith('model_deployment=')))}"
 
@@ -116,7 +118,7 @@ def without_model(key: str) -> str:
 
 
 def find_suite(text: str, output_path: Path) -> Path:
-    """The directory that `text` names: itself, or a suite of HELM's output directory; `ConfigError` where none is."""
+    """Return the directory that `text` names: itself, or a suite of HELM's output directory; `ConfigError` if none."""
     for path in (Path(text), output_path / "runs" / text):
         if path.is_dir():
             return path.resolve()
@@ -124,9 +126,9 @@ def find_suite(text: str, output_path: Path) -> Path:
 
 
 def read_suite(path: Path) -> Suite:
-    """Read a suite's runs and record; `ConfigError` where it holds neither, or a record that cannot be read.
+    """Read a suite's runs and record; `ConfigError` if it has neither, or a record that cannot be read.
 
-    A run whose own files cannot be read is a failed one.
+    A run whose own files cannot be read counts as failed.
     """
     path = path.resolve()
     record = read_record(path)
@@ -188,7 +190,7 @@ def _read_run(path: Path, recorded: RunRecord | None, *, is_there: bool) -> Run:
 
 
 def _num_failed(path: Path, recorded: RunRecord | None) -> int:
-    """Requests that were not answered: what the run's own file says, which later commands do not repeat."""
+    """Count the unanswered requests by the run's own file, which later commands do not repeat."""
     return max(num_unanswered(path), recorded.failed_requests if recorded else 0)
 
 
@@ -209,7 +211,7 @@ def _read_files(path: Path) -> tuple[str, str, tuple[Mapping[str, Any], ...], Sc
 
 
 def score_like(run: Run, suite_path: Path, *, name: str | None = None) -> float | None:
-    """What another suite's run of the same name (or of `name`) scored by this run's metric and split, if anything."""
+    """Return another suite's score of the same run (or of `name`) by this run's metric and split, if it has one."""
     if run.score is None:
         return None
     try:
@@ -225,7 +227,7 @@ Sums = dict[str, tuple[float, float]]
 
 
 def instance_sums(run: Run) -> Sums | None:
-    """What a run's main score is made of; None where HELM keeps no value per instance (F1 over a split, say)."""
+    """Return the sums from which a run's main score is computed; None if HELM stores no value per instance."""
     if run.score is None:
         return None
     metric, split = run.score.metric, run.score.split
@@ -247,7 +249,7 @@ def instance_sums(run: Run) -> Sums | None:
 
 
 def _plain_instances(entries: Any, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Instance of each entry, with its statistics on `split` by name; perturbed instances are left out."""
+    """Yield each unperturbed instance, with its statistics on `split` by name."""
     for entry in entries:
         if not entry.get("perturbation"):
             stats = {
@@ -259,16 +261,16 @@ def _plain_instances(entries: Any, split: str) -> Iterator[tuple[str, dict[str, 
 
 
 def is_lower_better(run: Run) -> bool:
-    """Whether a lower score is the better one, as the run's metrics say."""
+    """Whether a lower score is better, according to the run's metrics."""
     metric = run.score.metric if run.score else ""
     if metric in LOWER_IS_BETTER or metric in FALLBACK_METRICS:
-        return metric in LOWER_IS_BETTER  # asking takes seconds: HELM's metrics load what they need
+        return metric in LOWER_IS_BETTER  # asking takes seconds, because HELM's metrics load what they need
     for spec in run.metric_specs:
         try:
             from helm.benchmark.metrics.metric import MetricSpec, create_metric
 
             told = create_metric(MetricSpec(class_name=spec["class_name"], args=spec.get("args") or {})).get_metadata()
-        except Exception:  # it lacks a package, or knows nothing of itself
+        except Exception:  # it lacks a package, or does not say
             continue
         for each in told:
             if each.name == metric and each.lower_is_better is not None:

@@ -1,4 +1,4 @@
-"""A suite as one job: its runs' requests answered together, and the record, log and progress that are kept of it.
+"""A suite as one job: the requests of its runs are answered together, and a record, log and progress are kept.
 
-Imports the engine, HELM, and of flexgen_helm terminal, planning and helm.
+It imports the engine, HELM, and `terminal`, `planning`, `workers`, `helm` and `judging` of flexgen_helm.
 """

@@ -15,13 +15,13 @@ class DeviceTime:
     device: str
     sweeps: int
     computing: float
-    """Scheduling included, without the next two."""
+    """Seconds of computing, scheduling included, without the next two."""
     link: float
-    """Waiting for weights on their way to the device."""
+    """Seconds of waiting for weights on their way to the device."""
     helm: float
-    """The seconds without work: HELM makes requests, or computes metrics; or other devices have all remaining work."""
+    """Seconds without work: HELM makes requests or computes metrics, or other devices have all remaining work."""
     given_up: str = ""
-    """Why it is no longer used, if so."""
+    """Why the device is no longer used; empty if it is."""
 
     def __str__(self) -> str:
         total = max(self.computing + self.link + self.helm, 1e-9)
@@ -30,23 +30,23 @@ class DeviceTime:
 
 
 class DeviceClock:
-    """Adds one device's sweeps up."""
+    """Adds up one device's sweeps."""
 
     def __init__(self, device: str, begun: float) -> None:
-        """`begun`: when its first sweep did, by `time.perf_counter`."""
+        """`begun`: the beginning of its first sweep, by `time.perf_counter`."""
         self._device, self._begun = device, begun
         self._sweeps = 0
         self._computing = self._link = self._load = 0.0
 
     def add(self, timing: SweepTiming) -> None:
-        """Take in a sweep."""
+        """Count a sweep."""
         self._sweeps += 1
         self._load += timing.load_s
         self._link += timing.link_s
         self._computing += timing.host_s + timing.sweep_s - timing.load_s - timing.link_s
 
     def time(self, now: float, given_up: Mapping[str, str]) -> DeviceTime:
-        """What it comes to at `now`, by `time.perf_counter`; `given_up`: devices or hosts used no more, and why."""
+        """Return the times up to `now`, by `time.perf_counter`; `given_up`: devices no longer used, and why."""
         return DeviceTime(
             device=self._device,
             sweeps=self._sweeps,

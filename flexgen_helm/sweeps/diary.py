@@ -1,4 +1,4 @@
-"""Keeps account of a sweep: its progress, its log, and the record that is written whenever a run ends."""
+"""Reports a sweep: its progress, its log, and the record, which is written whenever a run ends."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class SweepDiary:
     ) -> None:
         """`stream` shows progress, stderr by default."""
         self.notes: list[str] = []
-        """Lines that are to be read at the end."""
+        """Lines for the user to read at the end."""
         self.models: list[ModelRecord] = []
-        """What has become of the models that are done."""
+        """The records of the models that are done."""
         self.judge: ModelRecord | None = None
-        """What has become of the one that judged them."""
+        """The record of the judge."""
         self._suite_path = suite_path
         self._deployments = {spec.name: str(spec.adapter_spec.model_deployment) for spec in run_specs}
         self._ended: dict[str, RunRecord] = {}
@@ -83,7 +83,7 @@ class SweepDiary:
         return 0.0 if model is None else model.tally.longest_s
 
     def record(self, finished: str | None = None) -> SweepRecord:
-        """What there is to record by now."""
+        """Return the record up to now."""
         current = None if self._current is None else _model_record(self._current)
         models = self.models if current is None or self._is_judging else [*self.models, current]
         return SweepRecord(
@@ -98,7 +98,7 @@ class SweepDiary:
             judge=current if self._is_judging and current else self.judge,
         )
 
-    # What happens
+    # Events
 
     def skipped(self, run_spec: RunSpec) -> None:
         """An earlier command had completed it."""
@@ -122,7 +122,7 @@ class SweepDiary:
         self._progress.standing.doing = f"judging {short_name(run_spec.name)}"
 
     def counted(self, run: PendingRun) -> None:
-        """So many requests were made, for a run or for its judge."""
+        """Note that requests were made, for a run or for its judge."""
         self._progress.standing.requests += run.total
         self._progress.standing.requests_done += run.cached
         if self._current is not None:
@@ -184,7 +184,7 @@ class SweepDiary:
             self.notes.append(f"{short_name(run.name)}: {cut_off(counts.cut_off)}")
 
     def failed(self, name: str, error: Exception, trace: str = "") -> None:
-        """A run failed; the others go on. What was not expected has a `trace`, and may say nothing but "'x'"."""
+        """Note that a run failed; the others continue. An unexpected error has a `trace`: its text may say little."""
         line = " ".join(str(error).split())
         if trace or not line:
             line = ": ".join(part for part in (type(error).__name__, line) if part)
@@ -265,7 +265,7 @@ class SweepDiary:
     def _write(self, finished: str | None = None) -> None:
         try:
             write_record(self._suite_path, self.record(finished))
-        except OSError as error:  # the runs matter more
+        except OSError as error:  # the runs matter more than the record
             logger.warning("the record of the sweep cannot be written: %s", error.strerror)
 
 

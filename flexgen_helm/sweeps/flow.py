@@ -27,12 +27,12 @@ FIRST_TOKENS = 1 << 20
 MOST_TOKENS = 1 << 22
 """The most tokens of requests that are made and not answered, unless the engine's sweeps are larger."""
 _SWEEPS_AHEAD = 3
-"""Sweeps that what is made and not answered fills: one is computed, one is to follow, one is being made."""
+"""Sweeps that the unanswered requests should fill: one is computed, one is next, one is being made."""
 
 
 @dataclass(eq=False)
 class _Turn:
-    """A model's part, before and after its engine is there."""
+    """A model's part of the flow, before and after its engine is open."""
 
     deployment: str
     unmade: deque[RunSpec]
@@ -46,14 +46,14 @@ class _Turn:
     is_foretelling: bool = False
     """Whether the forecast of its requests is being computed."""
     finishing: set[str] = field(default_factory=set)
-    """Runs that are whole."""
+    """Runs whose answers are complete."""
 
 
 class Flow:
     """Takes runs of our client through making, answering and finishing: model by model, the longest answers first.
 
-    Makes requests ahead, also of models that come later, as far as `MOST_TOKENS` or a few sweeps of the engine; hands
-    them over in whole sweeps, so that none is computed half empty; and finishes runs while the engine goes on.
+    Requests are made ahead, also of later models, up to `MOST_TOKENS` or a few sweeps of the engine. They are submitted
+    in whole sweeps, so that none is computed half empty. Runs are finished while the engine continues.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Flow:
         watcher: Watcher,
         deployment_of: Callable[[RunSpec], str] = lambda run_spec: str(run_spec.adapter_spec.model_deployment),
     ) -> None:
-        """`client_of` returns the client of a deployment; `here` does what needs an engine, which a helper has not.
+        """`client_of` returns the client of a deployment; `here` does what needs an engine, which helpers do not have.
 
         `deployment_of` returns the deployment that answers a run's requests.
         """
@@ -76,7 +76,7 @@ class Flow:
         by_deployment: dict[str, list[RunSpec]] = {}
         for run_spec in run_specs:
             by_deployment.setdefault(deployment_of(run_spec), []).append(run_spec)
-        for specs in by_deployment.values():  # what is short is computed beside them
+        for specs in by_deployment.values():  # short answers are computed in the sweeps of long ones
             specs.sort(key=lambda run_spec: -run_spec.adapter_spec.max_tokens)
         self._turns = [
             _Turn(deployment, deque(specs), dict.fromkeys(each.name for each in specs), len(specs), len(specs))
@@ -85,7 +85,7 @@ class Flow:
         self._finishing: list[tuple[_Turn, PendingRun]] = []
         """The runs that are fully answered, and not being finished yet."""
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        """What is to be done in this thread."""
+        """Functions to call in this thread."""
         self._feed: Feed | None = None
 
     def run(self) -> None:
@@ -109,7 +109,7 @@ class Flow:
             self._watcher.end(model)
 
     def _step(self) -> None:
-        """Do one thing: what has come in, before a task is started, before waiting for something to come in."""
+        """Do one thing: first handle what has arrived, then start a task, then wait for something to arrive."""
         try:
             self._inbox.get_nowait()()
         except queue.Empty:
@@ -117,7 +117,7 @@ class Flow:
                 self._inbox.get()()
 
     def _hand_over(self, turn: _Turn, model: ModelSweep, feed: Feed) -> None:
-        """Give the engine what fills its sweeps; all at first, and when no more comes."""
+        """Submit requests that fill the engine's sweeps; all of them at first, and when no more will come."""
         is_all = turn.to_make == 0 or feed.sweep is None
         if feed.is_asked and not feed.is_open and turn.to_make > 0:
             return  # what fills its sweeps is not known yet
@@ -157,20 +157,20 @@ class Flow:
             self._make(turn)
         elif self._finishing:
             longest = max(self._finishing, key=lambda each: each[1].total)
-            self._finishing.remove(longest)  # else all would wait for it in the end
+            self._finishing.remove(longest)  # otherwise everything would wait for it at the end
             self._finish(*longest)
         else:
             return False
         return True
 
     def _is_hungry(self) -> bool:
-        """Whether the engine may soon have nothing to do; a few runs that are whole may wait meanwhile."""
+        """Whether the engine may soon run out of work; complete runs may wait meanwhile."""
         return self._num_tokens() < FIRST_TOKENS * self._num_workers and len(self._finishing) < 2 * max(
             1, self._helpers.num_free
         )
 
     def _to_make(self) -> _Turn | None:
-        """The run whose requests are made next; None where there are enough, or all."""
+        """Return the run whose requests are made next; None if enough requests, or all, are made."""
         turn = next((turn for turn in self._turns if turn.unmade), None)
         if turn is None or self._num_tokens() < MOST_TOKENS:
             return turn
@@ -194,7 +194,7 @@ class Flow:
         self._helpers.start("make", run_spec, then=partial(self._then, self._made, turn, run_spec))
 
     def _then(self, do: Callable[..., None], *args: Any) -> None:
-        """Have `do` called in the thread of the flow."""
+        """Call `do` in the thread of the flow."""
         self._inbox.put(partial(do, *args))
 
     def _made(self, turn: _Turn, run_spec: RunSpec, made: Made | BaseException) -> None:
@@ -219,7 +219,7 @@ class Flow:
             self._foretell(turn, turn.model)
 
     def _foretell(self, turn: _Turn, model: ModelSweep) -> None:
-        """Have said what a model's requests will take; that takes seconds, in which others go on."""
+        """Estimate what a model's requests will take; this takes seconds, during which the flow continues."""
         jobs, model.jobs = model.jobs, []
         turn.is_foretelling = True
 
@@ -231,8 +231,8 @@ class Flow:
                 found.set_exception(error)
             self._inbox.put(partial(self._foretold, turn, found))
 
-        if isinstance(self._helpers, Here):  # a model's sizes are found under torch's default dtype, which all share
-            self._inbox.put(foresee)  # behind what the engine is given
+        if isinstance(self._helpers, Here):  # a model's sizes are found under torch's default dtype, which is global
+            self._inbox.put(foresee)  # after the requests that the engine gets
         else:
             threading.Thread(target=foresee, name="flexgen-forecast", daemon=True).start()
 

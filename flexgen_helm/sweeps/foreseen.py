@@ -1,4 +1,4 @@
-"""What the requests of a suite's models will take, when they are made."""
+"""Estimates what the requests of a suite's models will take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flexgen_helm.workers.engine_processes import engine_processes
 
 @dataclass(frozen=True, kw_only=True)
 class Foreseen:
-    """What is left of a model's requests, and what it takes."""
+    """The requests of a model that are left, and the estimate for them."""
 
     deployment: str
     todo: int
@@ -25,13 +25,13 @@ class Foreseen:
     forecast: Forecast | None
     """The forecast; None where nothing is left, or none is possible."""
     problem: str = ""
-    """Why there is none."""
+    """Why there is no forecast."""
 
 
 def foresee(model: ModelSweep, jobs: Sequence[Job], profile: HardwareProfile | None = None) -> Foreseen:
-    """What a model's requests take, all of which are `jobs`, on this machine or that of `profile`; loads no weights.
+    """Estimate a model's requests `jobs`, on this machine or that of `profile`; loads no weights.
 
-    Of this machine, the processes of engines say what may be used: this one touches no device.
+    For this machine, the engine's processes determine what may be used, so that this process touches no device.
     """
     found, problem = None, ""
     try:
@@ -39,7 +39,7 @@ def foresee(model: ModelSweep, jobs: Sequence[Job], profile: HardwareProfile | N
         found = forecast_of(*model.client.source, model.client.policy, jobs, profile, look) if jobs else None
     except EngineError as error:
         problem = str(error)
-    except Exception as error:  # the sweep does without
+    except Exception as error:  # the sweep runs without a forecast
         problem = named(error)
     return Foreseen(
         deployment=model.deployment, todo=model.num_todo, cached=model.cached, forecast=found, problem=problem
@@ -47,7 +47,7 @@ def foresee(model: ModelSweep, jobs: Sequence[Job], profile: HardwareProfile | N
 
 
 def told(model: Foreseen) -> Iterator[str]:
-    """Lines on a model."""
+    """Lines about a model."""
     yield f"{model.deployment}: {model.todo:,} requests to compute, {model.cached:,} answered by HELM's cache"
     if model.problem:
         yield f"  no forecast: {model.problem}"
@@ -56,7 +56,7 @@ def told(model: Foreseen) -> Iterator[str]:
 
 
 def told_together(models: Sequence[Foreseen]) -> Iterator[str]:
-    """A line on all models, where there are several."""
+    """A line about all models together, if there are several."""
     known = [model.forecast for model in models if model.forecast is not None]
     seconds = [each.seconds for each in known if each.seconds is not None]
     if len(seconds) > 1:

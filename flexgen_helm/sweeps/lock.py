@@ -17,15 +17,14 @@ FILE_NAME = "flexgen_sweep.lock"
 
 
 class SuiteHeld(ConfigError):
-    """Another process is at work on the suite."""
+    """Another process is running a sweep in the suite."""
 
 
 class SuiteLock:
-    """Holds a suite's directory, made if need be, as a context manager.
+    """Locks a suite's directory, which is created if necessary, as a context manager.
 
-    Raises `SuiteHeld` when another process holds it, `ConfigError` when it cannot be had.
-
-    The operating system gives the lock up when its owner ends, so what a killed sweep has left is taken over.
+    Raises `SuiteHeld` if another process has locked it, `ConfigError` if it cannot be locked. The operating system
+    releases the lock when its owner ends, so the lock of a killed sweep does not remain.
     """
 
     def __init__(self, suite_path: Path) -> None:
@@ -37,14 +36,14 @@ class SuiteLock:
             handle = self._locked()
             if self._is_named(handle):
                 break
-            os.close(handle)  # a sweep that was refused has removed the file meanwhile: another may hold a new one
+            os.close(handle)  # a refused sweep has removed the file meanwhile: another may have locked a new one
         self._handle = handle
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         self._write({"pid": os.getpid(), "host": socket.gethostname(), "since": since})
         return self
 
     def _locked(self) -> int:
-        """The file, opened and locked."""
+        """Open and lock the file."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -56,7 +55,7 @@ class SuiteLock:
             owner = self._owner()
             os.close(handle)
             raise SuiteHeld(
-                f"another sweep is at work on suite {self._path.parent.name}: {owner}; wait for it, or take another "
+                f"another sweep is running in suite {self._path.parent.name}: {owner}; wait for it, or take another "
                 "--suite"
             ) from None
         except OSError as error:
@@ -67,7 +66,7 @@ class SuiteLock:
         return handle
 
     def _is_named(self, handle: int) -> bool:
-        """Whether the suite's file is still the one that is open."""
+        """Whether the suite's lock file is still the file that is open."""
         try:
             return os.path.samestat(os.fstat(handle), self._path.stat())
         except OSError:
@@ -82,13 +81,13 @@ class SuiteLock:
             self._handle = None
 
     def _write(self, owner: dict[str, str | int] | None) -> None:
-        """Write who holds it. The file stays: removing it could take another's lock away."""
+        """Write the lock's owner. The file is never removed, because that could remove another process's lock."""
         assert self._handle is not None
         try:
             os.ftruncate(self._handle, 0)
             if owner is not None:
                 os.pwrite(self._handle, json.dumps(owner).encode(), 0)
-        except OSError:  # a full disk: the lock holds without it
+        except OSError:  # a full disk: the lock works without the text
             pass
 
     def _owner(self) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep writes down while it runs: a rotated log in the suite's directory, and JSON lines for machines."""
+"""What a sweep logs: a rotated log file in the suite's directory, and JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from engine.errors import ConfigError
 FILE_NAME = "flexgen_sweep.log"
 LOG_BYTES = 1_000_000
 LOG_FILES = 5
-"""Old ones that are kept."""
+"""Number of old log files that are kept."""
 
 logger = logging.getLogger("flexgen_helm.commands.sweep")
 
 
 @contextmanager
 def suite_log(suite_path: Path) -> Iterator[None]:
-    """Let `logger`, and what HELM warns of, write to the suite's log as long as the context lasts."""
+    """Write the records of `logger` and HELM's warnings to the suite's log while the context is active."""
     handler = RotatingFileHandler(
         suite_path / FILE_NAME, maxBytes=LOG_BYTES, backupCount=LOG_FILES, encoding="utf-8", delay=True
     )
@@ -40,7 +40,7 @@ def suite_log(suite_path: Path) -> Iterator[None]:
     finally:
         for each in (logger, helm):
             each.removeHandler(handler)
-        with suppress(OSError):  # what a full disk did not take is tried once more
+        with suppress(OSError):  # writes once more what a full disk has refused
             handler.close()
 
 
@@ -76,8 +76,8 @@ class JsonLog:
         now = datetime.now().astimezone().isoformat(timespec="milliseconds")
         try:
             self._file.write(json.dumps({"at": now, "event": event, **facts}) + "\n")
-        except OSError as error:  # a full disk ends no sweep
+        except OSError as error:  # a full disk must not end a sweep
             logger.warning("the JSON log cannot be written: %s", error.strerror)
-            with suppress(OSError):  # now, rather than by whoever collects it, who would tell of it
+            with suppress(OSError):  # now: the garbage collector would print the error
                 self._file.close()
             self._file = None

@@ -22,10 +22,10 @@ from flexgen_helm.sweeps.tally import Tally
 
 @dataclass(frozen=True)
 class Counts:
-    """What is counted of a run's answers."""
+    """Numbers about a run's answers."""
 
     failed: tuple[str, ...] = ()
-    """Why requests have no answer."""
+    """The errors of requests without an answer."""
     cut_off: int = 0
     """Answers that are empty because there was no room for more than their thinking."""
     thinking: Lengths | None = None
@@ -34,14 +34,14 @@ class Counts:
 
 @dataclass(eq=False)
 class PendingRun:
-    """A run whose requests are under way."""
+    """A run whose requests are in progress."""
 
     name: str
-    """HELM's."""
+    """HELM's name of the run."""
     adapted: Any
-    """What finishes it."""
+    """What `finish` needs."""
     first: int
-    """Place of its first request among the model's."""
+    """Position of its first request among the model's."""
     total: int
     cached: int
     outcomes: dict[int, Outcome] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class PendingRun:
 
     @property
     def is_answered(self) -> bool:
-        """Whether all its requests are."""
+        """Whether all its requests are answered."""
         return len(self.outcomes) == self.total
 
     @property
@@ -77,16 +77,16 @@ class Amount:
     """The tokens of prompts, and the most to be generated."""
     jobs: int = 0
     rows: int = 0
-    """Prompt tokens to compute, about: without those with which the request before begins, too."""
+    """Approximate prompt tokens to compute, without those shared with the previous request."""
 
     def add(self, other: Amount, sign: int = 1) -> None:
-        """Add other work, or take it off."""
+        """Add another amount, or subtract it."""
         self.tokens += sign * other.tokens
         self.jobs += sign * other.jobs
         self.rows += sign * other.rows
 
     def fills(self, sweep: Room, count: int = 1) -> bool:
-        """Whether it fills so many of the engine's sweeps."""
+        """Whether it fills `count` of the engine's sweeps."""
         return self.jobs >= count * sweep.jobs or self.rows >= count * sweep.rows
 
 
@@ -105,14 +105,14 @@ class ModelSweep:
         self.jobs: list[Job] = []
         """The jobs of all requests to be computed, as long as a forecast may be needed."""
         self.num_todo = 0
-        """Requests that are to be computed; equal ones count once while they are under way."""
+        """Requests to compute; equal ones count once while they are in progress."""
         self.most_tokens = 0
-        """The tokens of those: of prompts, and at most to be generated."""
+        """Their tokens: of prompts, and the most that are to be generated."""
         self.under_way = Amount()
-        """What has no answer yet."""
+        """The requests that are not answered yet."""
         self._under_way: dict[str, Work] = {}
         self._waiting: list[tuple[Work, Amount]] = []
-        """What of that the engine has not been given."""
+        """Those of them that were not sent to the engine yet."""
         self._amounts: dict[str, Amount] = {}
         self._firsts: list[int] = []
 
@@ -177,7 +177,7 @@ class ModelSweep:
         return list(whole.values())
 
     def give_up(self) -> None:
-        """Drop the unanswered requests, since no answers will come."""
+        """Drop the unanswered requests, because no answers will come."""
         self._waiting, self._under_way, self._amounts, self.jobs = [], {}, {}, []
         self.under_way = Amount()
 

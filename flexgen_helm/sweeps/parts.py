@@ -21,7 +21,7 @@ class Helpers(Protocol):
         """Tasks that can be started now."""
 
     def start(self, method: str, *args: Any, then: Callable[[Any], None]) -> None:
-        """Have a method of `HelmSide` called."""
+        """Call a method of `HelmSide`."""
 
 
 class RunSide(Protocol):

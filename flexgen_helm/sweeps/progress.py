@@ -1,4 +1,4 @@
-"""Progress of a suite: a block of lines in place on a terminal, a line a minute elsewhere, JSON lines for machines."""
+"""Progress of a suite: lines in place on a terminal, a line per minute elsewhere, JSON lines for machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flexgen_helm.terminal.progress import StatusLine, clock
 TERMINAL_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 60.0
 _MOST_ACTIVE = 3
-"""Runs under way that are shown on a terminal: those that are nearest their end."""
+"""Runs in progress that are shown on a terminal: those closest to their end."""
 
 
 @dataclass(eq=False)
@@ -32,17 +32,17 @@ class Standing:
     doing: str = "starting"
     """What is being done, in a few words."""
     is_loading: bool = False
-    """Whether that begins with loading, as long as nothing is computed."""
+    """Whether the model is still being loaded and nothing is computed."""
     requests: int = 0
     requests_done: int = 0
     tokens: int = 0
-    """The tokens of the current model: of prompts, and at most to be generated."""
+    """The tokens of the current model: of prompts, and the most that are to be generated."""
     tokens_done: int = 0
     """The tokens of answered requests, counted as in `tokens`."""
     num_workers: Callable[[], int] = lambda: 0
-    """How many other machines are at work on it."""
+    """The number of other machines that work on it."""
     active: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Requests done and in all, of the runs that are under way."""
+    """Requests done and in total, for the runs in progress."""
 
     def ended(self, deployment: str) -> None:
         """All of a model's requests are answered."""
@@ -62,8 +62,8 @@ class SweepProgress:
     ) -> None:
         """Show `standing` on `stream`, stderr by default.
 
-        `speed` tells seconds of computing, tokens computed, and the fraction of the limit where it is known; `devices`
-        tells where the time of each device went.
+        `speed` returns seconds of computing, tokens computed, and the fraction of the limit if it is known; `devices`
+        returns how the time of each device was spent.
         """
         self.standing = standing
         self._json_log = json_log
@@ -100,7 +100,7 @@ class SweepProgress:
         return ", ".join([*parts, *self._pace()])
 
     def rows(self) -> list[Row]:
-        """Where the suite is, in a few lines."""
+        """The suite's progress in a few lines."""
         now = self.standing
         rows = [Row("suite", now.suite), Row("now", self._doing())]
         rows += [
@@ -122,7 +122,7 @@ class SweepProgress:
         return f"loading {now.doing}" if now.is_loading and not self._speed()[0] else now.doing
 
     def _pace(self) -> Iterator[str]:
-        """Tokens a second, the fraction of the limit and the time left, as far as they are known."""
+        """Tokens per second, the fraction of the limit and the time left, as far as they are known."""
         seconds, tokens, fraction = self._speed()
         if seconds > 0 and tokens > 0:
             yield f"{tokens / seconds:.0f} tokens/s"
@@ -132,14 +132,14 @@ class SweepProgress:
             yield f"{clock(left_s)} left"
 
     def say(self, text: str) -> None:
-        """Show a line that stays, on a terminal only, and log it."""
+        """Show a line permanently, on a terminal only, and log it."""
         if self._status.in_place:
             self.tell(text)
         else:
             logger.info(text)
 
     def tell(self, text: str) -> None:
-        """Show a line that stays, wherever progress is shown, and log it."""
+        """Show a line permanently, wherever progress is shown, and log it."""
         logger.info(text)
         if self._live is not None:
             self._live.say(text)

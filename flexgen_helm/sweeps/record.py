@@ -36,7 +36,7 @@ class TimeSplit:
     prefill: float = 0.0
     decode: float = 0.0
     host: float = 0.0
-    """What is neither: tokenizing, the cache, metrics."""
+    """The rest: tokenizing, the cache, metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class ModelRecord:
     chat_template: bool | None = field(default=None, metadata=SINCE)
     """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
     identity: Mapping[str, Any] = field(default_factory=dict, metadata=SINCE)
-    """What of model and policy can change a result: digests of the checkpoint, number format, compression."""
+    """Everything of the model and policy that can change a result: digests of the checkpoint, dtype, compression."""
     seeds: str = field(default="", metadata=SINCE)
     """How the seeds of sampled completions are derived from requests."""
     deaths: tuple[str, ...] = field(default=(), metadata=SINCE)
@@ -126,7 +126,7 @@ class ModelRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What became of one run."""
+    """The outcome of one run."""
 
     name: str
     """HELM's name of the run spec, which is also its directory's."""
@@ -200,9 +200,9 @@ def _together(points: Sequence[TimelinePoint]) -> TimelinePoint:
 
 
 def write_record(suite_path: Path, record: SweepRecord) -> Path:
-    """Write `flexgen_sweep.json` into a suite's directory, made if need be; whole or not at all. Returns its path.
+    """Write `flexgen_sweep.json` into a suite's directory, atomically, creating the directory; returns its path.
 
-    Raises `OSError` where the file cannot be written, `ValueError` for a number that is not finite.
+    Raises `OSError` if the file cannot be written, `ValueError` for a number that is not finite.
     """
     suite_path.mkdir(parents=True, exist_ok=True)
     path = suite_path / FILE_NAME

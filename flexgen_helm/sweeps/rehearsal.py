@@ -1,4 +1,4 @@
-"""Makes a suite's requests in a temporary directory, to predict what they take, on this or another machine."""
+"""Makes a suite's requests in a temporary directory, to estimate what they take on this or another machine."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from flexgen_helm.sweeps.model_sweep import ModelSweep
 from flexgen_helm.terminal.progress import StatusLine
 
 _MOST_FAILURES = 10
-"""Runs that cannot be made and are named."""
+"""Most runs that are named because they cannot be made."""
 
 
 def rehearse(
     run_specs: Sequence[RunSpec], output_path: Path, local_path: Path, cache: str, profile: HardwareProfile | None
 ) -> Iterator[str]:
-    """Lines on what the requests of `run_specs` take; nothing is computed.
+    """Yield lines on what the requests of `run_specs` take; nothing is computed.
 
-    HELM's cache `cache` in `local_path` is looked into where it is there already. Raises `ConfigError` where the
-    requests of no run can be made.
+    HELM's cache `cache` in `local_path` is read if it exists. Raises `ConfigError` if the requests of no run can be
+    made.
     """
     file = local_path / CACHE_DIR / f"{cache}.sqlite"
     spec = ExecutionSpec(
         url=None,
         auth=Authentication(""),
-        local_path=str(output_path / "prod_env"),  # HELM makes folders there
+        local_path=str(output_path / "prod_env"),  # HELM creates directories there
         parallelism=1,
         sqlite_cache_backend_config=SqliteCacheBackendConfig(str(file.parent)) if file.is_file() else None,
     )

@@ -1,4 +1,4 @@
-"""Runs a suite: requests are made ahead, answered model by model, and each run is written when it is whole."""
+"""Runs a suite: requests are made ahead, answered model by model, and each run is written when it is complete."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class SweepRunner(TwoStepRunner):
     ) -> None:
         """See `TwoStepRunner`; `diary` is called in the thread that calls `run_all`.
 
-        `plugins` are those that the user has named: helper processes import them, too. Without a `judge`, runs that a
-        model is to judge are held.
+        `plugins` are those that the user has named: helper processes import them, too. Without a `judge`, runs that
+        need a judge are held.
         """
         super().__init__(execution_spec, output_path, suite, **flags)
         self.diary = diary
@@ -54,14 +54,14 @@ class SweepRunner(TwoStepRunner):
         self._judge = judge
         self.judge_deployment = None if judge is None else judge.deployment
         self._to_judge: dict[str, RunSpec] = {}
-        """Runs that a model is to judge, by their names; those that are held have an entry in `_held`."""
+        """Runs that need a judge, by name; those that are held have an entry in `_held`."""
         self._held: dict[str, PendingRun] = {}
         self._failures: dict[str, Exception] = {}
 
     def run_all(self, run_specs: list[RunSpec]) -> None:
         """Run everything that can be run; raises `RunsFailed` at the end if something failed, requests included.
 
-        Raises `NoRoom` at once where nothing can be written; with `exit_on_error`, the first error as it is.
+        Raises `NoRoom` at once if nothing can be written; with `exit_on_error`, the first error itself.
         """
         self.clear_scratch()
         assert isinstance(self.executor, WholeRunExecutor)
@@ -85,7 +85,7 @@ class SweepRunner(TwoStepRunner):
             raise RunsFailed(self._failures)
 
     def _have_judged(self, judge: Judge) -> None:
-        """Have the runs that are held judged, all together."""
+        """Judge all runs that are held, together."""
         assert isinstance(self.executor, WholeRunExecutor)
         client = self.executor.our_client(judge.deployment)
         side = JudgeSide(self, judge, client)
@@ -121,7 +121,7 @@ class SweepRunner(TwoStepRunner):
         return todo
 
     def _able(self, todo: Sequence[RunSpec], helpers: HelperProcesses | Here) -> list[RunSpec]:
-        """The run specs that can be run. A helper process has imported the metrics for that, so this one need not."""
+        """Return the run specs that can be run. Helpers import the metrics for that, so that this process need not."""
         told: Future[Any] = Future()
         helpers.start("problems", todo, then=told.set_result)
         problems = self._without_annotators(todo)
@@ -138,7 +138,7 @@ class SweepRunner(TwoStepRunner):
             if self._judge is not None and run_spec.name in self._to_judge:
                 try:
                     annotating(run_spec, self._judge, self)
-                except Exception as error:  # they fetch data, and import what they need
+                except Exception as error:  # they download data, and import what they need
                     problems[run_spec.name] = ConfigError(f"{run_spec.name}: it cannot be judged: {named(error)}")
         return problems
 
@@ -159,7 +159,7 @@ class SweepRunner(TwoStepRunner):
             self.ended(run)
         self.known_tokens.forget()
 
-    # What the flow tells
+    # Events of the flow
 
     def preparing(self, run_spec: RunSpec) -> None:
         """A run's requests are about to be made."""
@@ -196,7 +196,7 @@ class SweepRunner(TwoStepRunner):
             self._failures[run.name] = ExecutorError(failed_requests(counts.failed))
 
     def failed(self, name: str, error: Exception) -> None:
-        """A run failed; the others go on, unless its error is to end all."""
+        """Note that a run failed; the others continue, unless its error is to end all."""
         if isinstance(error, NoRoom):
             raise error
         self._failures[name] = error
@@ -207,7 +207,7 @@ class SweepRunner(TwoStepRunner):
             raise error
 
     def fault(self, error: Exception) -> None:
-        """A fault on the way to an answer fails the runs that are left of a model, unless it is to end all."""
+        """Fail the rest of a model's runs after an error of the engine or cache, unless it is to end all."""
         if isinstance(error, NoRoom | CacheFull) or (self.exit_on_error and self._failures):
             raise error
 

@@ -14,11 +14,11 @@ from flexgen_helm.terminal.progress import clock
 MOST_FAILURES = 10
 """Failed runs that are named; the record names all."""
 MOST_ROWS = 40
-"""Lines of scores; beyond, runs of one scenario share a line."""
+"""Most lines of scores; beyond that, runs of one scenario share a line."""
 
 
 def summary(found: SweepRecord, scores: Sequence[Score], notes: Sequence[str], suite_path: Path) -> str:
-    """Counts, scores, what failed and why, speed, and where the results are."""
+    """Format counts, scores, what failed and why, speed, and where the results are."""
     counts = counted(run.status for run in found.runs)
     lines = [f"suite {found.suite}: " + ", ".join(f"{count} {status}" for status, count in counts.items())]
     lines += _table(scores, {run.name: run.failed_requests for run in found.runs})
@@ -35,7 +35,7 @@ def summary(found: SweepRecord, scores: Sequence[Score], notes: Sequence[str], s
 
 
 def _unjudged(runs: Sequence[RunRecord]) -> list[str]:
-    """The runs that wait for a judge, and what to do about it."""
+    """List the runs that wait for a judge, and how to judge them."""
     if not runs:
         return []
     named = ", ".join(short_name(run.name) for run in runs[:MOST_FAILURES])

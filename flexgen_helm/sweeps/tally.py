@@ -33,7 +33,7 @@ class Tally:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.first_sweep: float | None = None
-        """When the engine began with the first sweep: it was open then, its weights may still have been read."""
+        """When the engine began its first sweep: it was open then, but its weights may still have been loading."""
         self.longest_s = 0.0
         """The longest of its sweeps, without waiting for weights that were still being loaded."""
         self.num_sweeps = self.prefill_rows = self.decode_rows = 0
@@ -52,7 +52,7 @@ class Tally:
         self.started = time.perf_counter()
 
     def observe(self, engine: RunningEngine, timing: SweepTiming) -> None:
-        """Take in a sweep. Its seconds are split between prefill and decode by their rows."""
+        """Count a sweep. Its seconds are divided between prefill and decode by their rows."""
         rows = max(1, timing.prefill_rows + timing.decode_rows)
         computing = timing.sweep_s - timing.load_s
         with self._lock:
@@ -90,7 +90,7 @@ class Tally:
 
     @property
     def saved_tokens(self) -> int:
-        """Prompt tokens of answered requests that sharing made it unnecessary to compute."""
+        """Prompt tokens of answered requests that prefix sharing saved computing."""
         return max(0, self.prompt_rows - self.prefill_rows)
 
     @property
@@ -104,12 +104,12 @@ class Tally:
         return 0.0 if self.first_sweep is None else time.perf_counter() - self.first_sweep
 
     def speed(self) -> tuple[float, float, float | None]:
-        """Seconds since the first sweep began, tokens worked through in them, and what part of them the limit is."""
+        """Seconds since the first sweep began, tokens computed in them, and the limit's fraction of them."""
         seconds = self.computing_s
         return seconds, self.prompt_tokens + max(self.new_tokens, self.given_tokens), self.fraction(seconds)
 
     def split(self, seconds: float) -> TimeSplit:
-        """How `seconds` of the model were spent; of several devices, the mean."""
+        """How `seconds` of the model were spent; for several devices, the mean."""
         with self._lock:
             parts = (self._load_s, self._prefill_s, self._decode_s)
             load, prefill, decode = (part / max(1, len(self._devices)) for part in parts)
@@ -129,11 +129,11 @@ class Tally:
         return max(1, len(self._devices))
 
     def num_workers(self) -> int:
-        """How many machines have the model open now, beside this one."""
+        """The number of other machines that have the model open now."""
         return len(getattr(self._engine, "hosts", ()))
 
     def given_up(self) -> dict[str, str]:
-        """Devices that the engine does not use any more, and why."""
+        """Devices that the engine no longer uses, and why."""
         return dict(getattr(self._engine, "given_up", {}))
 
     def timeline(self) -> tuple[TimelinePoint, ...]:
@@ -161,7 +161,7 @@ class Tally:
         return self._limit_of(self)
 
     def fraction(self, seconds: float) -> float | None:
-        """What part of `seconds` the limit is; None where that is not known."""
+        """The limit as a fraction of `seconds`; None if it is not known."""
         limit_s = self.limit_s()
         return None if limit_s is None or seconds <= 0 else limit_s / seconds
 
@@ -171,7 +171,7 @@ class _Limit:
 
     def __init__(self, engine: Engine | RemoteEngine) -> None:
         self._plan: Plan = engine.plan
-        self._gathers = getattr(engine, "gathers", False)  # the rates from card to card are not in the profile
+        self._gathers = getattr(engine, "gathers", False)  # the profile has no rates between GPUs
         self._profile: HardwareProfile | None = None
         with suppress(ConfigError):
             self._profile = HardwareProfile.load()
@@ -194,11 +194,11 @@ class _Limit:
             device_bytes=sweeps * sizes.sweep_bytes,
         )
         seconds = max(resource_seconds(work, self._profile, limits.rows_per_batch, sizes.disk_bytes).values())
-        return seconds / tally.num_devices  # each has a link and a device's rates of its own
+        return seconds / tally.num_devices  # each has its own link and compute rates
 
 
 def _plain(value: Any) -> Any:
-    """`value` with what JSON does not know (infinite budgets) made what it does."""
+    """Replace values that JSON lacks (infinite budgets)."""
     if isinstance(value, dict):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

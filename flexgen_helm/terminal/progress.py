@@ -1,4 +1,4 @@
-"""Progress of a run: one line rewritten in place on a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of a run: one line rewritten in place on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 class StatusLine:
-    """A line that tells how things stand: rewritten in place on a terminal, a line of its own each time elsewhere."""
+    """A status line: rewritten in place on a terminal, written as a new line each time elsewhere."""
 
     def __init__(self, stream: TextIO | None) -> None:
         """Write to `stream`, stderr by default."""
@@ -21,7 +21,7 @@ class StatusLine:
         self._width = 0
 
     def show(self, line: str) -> None:
-        """Write `line`, over the last one if it is in place."""
+        """Show `line`, in place of the previous one on a terminal."""
         if self.in_place:
             self._write("\r" + line.ljust(self._width))
             self._width = len(line)
@@ -29,13 +29,13 @@ class StatusLine:
             self._write(line + "\n")
 
     def end(self) -> None:
-        """Let what is shown stay, and go on below it."""
+        """Keep the line that is shown, and continue below it."""
         if self._width:
             self._write("\n")
             self._width = 0
 
     def clear(self) -> None:
-        """Take away what is shown in place."""
+        """Erase the line that is shown in place."""
         if self._width:
             self._write("\r" + " " * self._width + "\r")
             self._width = 0
@@ -46,9 +46,9 @@ class StatusLine:
 
 
 class Progress:
-    """Shows requests and tokens per second and the time left of the run being executed.
+    """Shows requests and tokens per second and the time left of the current run.
 
-    Tokens are those that the engine worked through: prompts and completions. Answers from a cache count as done, but
+    Tokens are those that the engine computed: of prompts and completions. Answers from a cache count as done, but
     neither for the speed nor for the time left.
     """
 
@@ -57,7 +57,7 @@ class Progress:
     ) -> None:
         """Write to `stream`, stderr by default; `clock` gives seconds."""
         self.notes: list[str] = []
-        """Lines that are to be read at the end."""
+        """Lines for the user to read at the end."""
         self._num_runs = num_runs
         self._clock = clock
         self._status = StatusLine(stream)
@@ -78,7 +78,7 @@ class Progress:
         self._name = name
 
     def __call__(self, done: int, total: int, tokens: int) -> None:
-        """Note that `done` of the run's `total` requests are answered, with `tokens` tokens worked through for them."""
+        """Record that `done` of the run's `total` requests are answered, for which `tokens` tokens were computed."""
         self._now_s = self._clock()
         if self._start_s is None:
             self._start_s, self._cached = self._now_s, done
@@ -89,7 +89,7 @@ class Progress:
                 self._status.show(self.line())
 
     def line(self) -> str:
-        """Describe the run being executed in one line."""
+        """Describe the current run in one line."""
         line = f"run {self._run}/{self._num_runs} {self._name}: requests {self._done}/{self._total}"
         elapsed_s, computed = self._elapsed_s, self._done - self._cached
         if elapsed_s <= 0 or computed <= 0:
@@ -113,7 +113,7 @@ class Progress:
 
     @property
     def num_computed(self) -> int:
-        """Requests of this command that no cache answered."""
+        """Number of requests of this command that were not answered from a cache."""
         return self._past_computed + self._done - self._cached
 
     @property

@@ -1,25 +1,25 @@
-"""Keeps a helper process from using an engine, which only the process that it helps has."""
+"""Keeps helper processes from using an engine: only the command's own process has one."""
 
 from __future__ import annotations
 
 
 class EngineElsewhere(BaseException):
-    """An engine was needed in a process that has none.
+    """Raised when a helper process needs an engine.
 
-    Not an `Exception`, since HELM's annotators and metrics turn those into answers.
+    It is no `Exception`, because HELM's annotators and metrics would turn that into an answer.
     """
 
 
 class EngineGuard:
-    """Allows or forbids the use of engines; knows whether one was needed, even if the exception was caught."""
+    """Allows or forbids the use of engines, and records whether one was needed even if the exception was caught."""
 
     def __init__(self) -> None:
         self.is_closed = False
-        """Whether this process only helps another one."""
+        """Whether this process is a helper, which may not use engines."""
         self._was_asked = False
 
     def check(self) -> None:
-        """Raise `EngineElsewhere` where this process may not use an engine."""
+        """Raise `EngineElsewhere` if this process may not use an engine."""
         if self.is_closed:
             self._was_asked = True
             raise EngineElsewhere

@@ -1,4 +1,4 @@
-"""The engines of this program, in processes of their own, the first one of which may be started ahead of time."""
+"""Starts the engines of this program in worker processes; the first process may be started ahead of time."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class EngineProcesses:
-    """Starts engines; safe to use from several threads."""
+    """Starts engines in worker processes; safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: list[WorkerProcess] = []
-        """Those for the next engine; the first is of its first device."""
+        """Idle processes for the next engine; the first one is for its first device."""
         self.cluster: Cluster | None = None
-        """The machines that engines are spread over, in place of this one's devices."""
+        """The cluster that runs the model instead of this machine's devices, if one is used."""
         self._has_loaded = False
         self._found: dict[tuple[object, ...], Resources] = {}
-        """By what of a policy they depend on, as they were found last."""
+        """The resources last found, by the parts of a policy that they depend on."""
 
     def prepare(self) -> None:
-        """Start a process for the first engine, if none was loaded yet: it imports what it needs, and waits."""
+        """Start an idle process for the first engine, unless one was loaded already; it imports what it needs."""
         from engine.workers.process import WorkerProcess
 
         with self._lock:
@@ -44,10 +44,10 @@ class EngineProcesses:
                 self._waiting = [WorkerProcess()]
 
     def check(self, description: ModelDescription, policy: Policy) -> Callable[[], None]:
-        """Begin to check a model as `check_model` does, in the process that waits.
+        """Begin to check a model like `check_model`, in the idle process.
 
-        What is returned waits for the end, and raises what was found; call it before anything else is asked here. Where
-        no process waits, it checks the model in this one.
+        Call the returned function before any other method: it waits for the result and raises what was found. Without
+        an idle process, that function checks the model in this process.
         """
         with self._lock:
             process = self._waiting[0] if self._waiting else None
@@ -69,9 +69,9 @@ class EngineProcesses:
         return found.result
 
     def resources(self, policy: Policy) -> Resources:
-        """What a run under `policy` may use now: asked of the next engine's processes, not to touch a device here.
+        """Return what a run under `policy` may use now, as found by the next engine's processes, not by this one.
 
-        Raises `EngineError` where its devices are not here, do not go together, or are busy.
+        Raises `EngineError` if devices are absent, do not go together, or are busy.
         """
         self._check_is_here()
         from engine.planning.sharing import Resources, Sharing
@@ -93,7 +93,7 @@ class EngineProcesses:
             return found
 
     def last_resources(self, policy: Policy) -> Resources:
-        """As `resources`, but as they were found last, if ever: an engine that was loaded since has taken of them."""
+        """Like `resources`, but return what was found last, if anything: engines loaded since then use part of it."""
         self._check_is_here()
         with self._lock:
             found = self._found.get(_asked(policy))
@@ -101,10 +101,10 @@ class EngineProcesses:
 
     def _check_is_here(self) -> None:
         if self.cluster is not None:
-            raise UnsupportedError("the model runs on workers: what they may use is found there")
+            raise UnsupportedError("the model runs on workers, each of which determines its own resources")
 
     def load(self, path: str, policy: Policy, window: int | None = None) -> RemoteEngine:
-        """Open a model in the processes that wait, or in new ones; returns as `Engine.from_pretrained` does."""
+        """Open a model in the idle processes, or in new ones; returns when `Engine.from_pretrained` would."""
         from engine.workers.remote_engine import RemoteEngine
 
         with self._lock:
@@ -112,18 +112,18 @@ class EngineProcesses:
         return RemoteEngine(path, policy, window=window, waiting=waiting)
 
     def spread(self, model: str, policy: Policy, window: int | None, jobs: Sequence[Job], share: float) -> HostsEngine:
-        """Open a model on the machines of `cluster`, for work of which `jobs` are a `share`; nothing waits here then.
+        """Open a model on the cluster's machines, for work of which `jobs` are a `share`; ends idle processes here.
 
-        `model` is a hub id or directory that they have, too.
+        `model` is a hub id or directory that exists on those machines too.
         """
         assert self.cluster is not None
         self.close()
         return self.cluster.load(model, policy, window, jobs, share)
 
     def close(self) -> None:
-        """End the processes that wait."""
+        """End the idle processes."""
         for each in self._waiting:
-            each.kill()  # so that nobody waits for them with the lock
+            each.kill()  # so that no thread waits for them while it holds the lock
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for each in waiting:
@@ -131,11 +131,11 @@ class EngineProcesses:
 
 
 def _asked(policy: Policy) -> tuple[object, ...]:
-    """What of a policy decides what may be used."""
+    """The parts of a policy that decide what resources may be used."""
     return policy.device, policy.gather_weights, policy.stages, policy.gpu_memory, policy.cpu_memory, policy.offload_dir
 
 
 engine_processes = EngineProcesses()
-"""Those of this process."""
+"""The engine processes of this program."""
 
 atexit.register(engine_processes.close)

@@ -22,7 +22,7 @@ from engine.planning.hardware import free_host_memory
 from flexgen_helm.workers.helper_program import Told, work
 
 _FEWEST_CORES = 3
-"""With fewer cores, another process would only take time from the engine's and from the command's own."""
+"""With fewer cores, a helper would only take time from the engine and from the command itself."""
 _BYTES_EACH = 1 << 30
 """The free memory needed for each process: what it imports is shared, what a large scenario reads is not."""
 _MOST_DEATHS = 2
@@ -58,17 +58,17 @@ def prepare_helpers(module: str) -> None:
 
 
 class HelperProcesses:
-    """So many processes, each with an object of its own whose methods are called there, one at a time.
+    """A number of processes, each with an object of its own whose methods are called there, one at a time.
 
-    Tasks are not queued here: start at most `num_free`. A task whose process dies is done again in another one; when
-    that dies, too, the task fails with an `EngineError`. A context manager, at whose end the processes end. They also
+    Tasks are not queued here: start at most `num_free`. A task whose process dies is repeated in another process; if
+    that dies too, the task fails with an `EngineError`. A context manager, at whose end the processes end. They also
     end with this process, however it ends.
     """
 
     def __init__(self, number: int, module: str, make: Callable[[], Any]) -> None:
-        """`make` creates the object there, once; it and all arguments are pickled. `module` imports what they need.
+        """`make` creates the object in each process; it and all arguments are pickled. `module` imports what they need.
 
-        What `make` raises, every task raises.
+        If `make` raises, every task raises the same.
         """
         _preload(module)
         self._make = make
@@ -92,7 +92,7 @@ class HelperProcesses:
         with self._lock:
             self._is_closed = True
             for process in self._processes.values():
-                process.kill()  # nothing of a task at hand is kept
+                process.kill()  # the result of a task in progress is not needed
         for _ in self._slots:
             self._inbox.put(None)
         for slot in self._slots:
@@ -157,7 +157,7 @@ class HelperProcesses:
         levels = {name: logging.getLogger(name).getEffectiveLevel() for name in ("helm", "flexgen_helm", "engine")}
         process = _Process(target=work, args=(theirs, self._make, levels), name=f"flexgen-helper-{slot}")
         with _without_main_module():
-            process.start()  # which waits until what it is forked from has imported everything
+            process.start()  # waits until the fork server has imported everything
         with self._lock:
             self._processes[slot] = process
             if self._is_closed:
@@ -170,14 +170,14 @@ class HelperProcesses:
         process = self._processes.get(slot)
         if process is None:
             return "it could not be started"
-        process.kill()  # if it has only closed its line
+        process.kill()  # in case it has only closed its pipe
         process.join()
         code = process.exitcode or 0
         return f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
 
 
 class Here:
-    """The same interface without processes: a task is done when it is started, in the calling thread."""
+    """The same interface without processes: a task is executed by `start`, in the calling thread."""
 
     num_free = 1
 
@@ -189,7 +189,7 @@ class Here:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """There is nothing to end."""
+        """Do nothing: there is no process to end."""
 
     def start(self, method: str, *args: Any, then: Then) -> None:
         """Call a method of the object."""
@@ -200,11 +200,11 @@ class Here:
         then(outcome)
 
 
-# What they are forked from
+# The server from which helpers are forked
 
 
 class _Process(ForkServerProcess):
-    """A fork of a freshly started server: it has neither threads nor locks nor devices of this process."""
+    """A fork of the fork server, which has no threads, locks or devices of this process."""
 
 
 _starting = threading.Lock()
@@ -219,9 +219,9 @@ def _preload(module: str) -> None:
 
 @contextmanager
 def _without_main_module() -> Iterator[None]:
-    """Inside, new processes do not import the program's main module again.
+    """Keep new processes from importing the program's main module again.
 
-    A main module without a guard would start its work again.
+    A main module without a `__name__` guard would start its work again.
     """
     with _starting:
         main = sys.modules["__main__"]

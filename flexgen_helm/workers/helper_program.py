@@ -29,9 +29,9 @@ class Told:
 
 
 def work(line: Connection, make: Callable[[], Any], levels: dict[str, int]) -> None:
-    """Execute the tasks that come over `line`, in the main thread: some of HELM's metrics use signals."""
+    """Execute the tasks that arrive over `line`, in the main thread, because some of HELM's metrics use signals."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # they reach the whole group; the parent says what follows
+        signal.signal(number, signal.SIG_IGN)  # they reach the whole process group; the parent decides what to do
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), name="flexgen-parent", daemon=True).start()
@@ -91,7 +91,7 @@ class _Logged(logging.Handler):
 
 
 def outlive_signals() -> None:
-    """Called in the server from which helpers are forked: signals of the group end neither it nor them."""
+    """Make helpers ignore the process group's signals; called in the server from which helpers are forked."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        with contextlib.suppress(ValueError):  # imported by another thread of another program
+        with contextlib.suppress(ValueError):  # another program imports this module in another thread
             signal.signal(number, signal.SIG_IGN)

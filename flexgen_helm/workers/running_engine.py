@@ -1,4 +1,4 @@
-"""What whoever asks an engine needs of it, wherever it computes."""
+"""The interface that commands need of an engine, in whichever process or machine it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class RunningEngine(Protocol):
-    """What is needed of `engine.Engine`."""
+    """The part of the interface of `engine.Engine` that commands use."""
 
     observer: Callable[[SweepTiming], None] | None
 
@@ -23,19 +23,19 @@ class RunningEngine(Protocol):
         """Yield lists of (position in jobs, completion), each as soon as its sweep ends."""
 
     def weights_digest(self) -> str | None:
-        """The digest of the weight files once it has read them all; None where it reads none."""
+        """The digest of the weight files, once all are read; None if there are none."""
 
     def compare_with_stock(
         self, jobs: Sequence[Job], completions: Sequence[Completion], progress: Callable[[int, int], None]
     ) -> Findings:
-        """Compute `completions` of `jobs` again, together with stock layers of transformers."""
+        """Compute `completions` of `jobs` again and compare them with stock layers of transformers."""
 
     def close(self) -> None:
-        """Give back all memory and files."""
+        """Release all memory and files."""
 
 
 class Cluster(Protocol):
-    """Machines that engines are spread over."""
+    """Machines that can run a model together."""
 
     def load(self, model: str, policy: Policy, window: int | None, jobs: Sequence[Job], share: float) -> HostsEngine:
-        """Open a model there, for work of which `jobs` are a `share`; raises `EngineError` where nobody can."""
+        """Open a model on them, for work of which `jobs` are a `share`; raises `EngineError` if none can open it."""

@@ -1,4 +1,4 @@
-"""Protects: memory that runs short at any allocation makes smaller sweeps, or fails in a line, and nothing is lost."""
+"""Protects: if any allocation fails, sweeps become smaller or end in a one-line error, and no answer is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protects: a fault of one job, of a growing cache or of device memory stays where it is, and the engine serves on."""
+"""Protects: a failing job, cache growth or device allocation affects nothing else, and the engine goes on serving."""
 
 from __future__ import annotations
 

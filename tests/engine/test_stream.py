@@ -187,7 +187,7 @@ BAD = {
     "too long with its new tokens": (Job(prompt=[3] * 100, max_new_tokens=30), r"100 tokens.*30 new.*128"),
     "outside the vocabulary": (Job(prompt=[3, models.VOCABULARY]), r"token 500 .*vocabulary of 500"),
     "negative id": (Job(prompt=[-1]), r"token -1 .*vocabulary of 500"),
-    "asks for nothing": (Job(prompt=[3], max_new_tokens=0), "asks for nothing"),
+    "asks for nothing": (Job(prompt=[3], max_new_tokens=0), "requests nothing"),
     "negative count": (Job(prompt=[3], max_new_tokens=-1), "max_new_tokens -1"),
     "empty stop": (Job(prompt=[3], stop=[""]), "stop sequence is empty"),
     "top_p": (Job(prompt=[3], sampling=Sampling(top_p=0.0)), "top_p 0.0"),

@@ -1,8 +1,8 @@
-"""`make fuzz`: lets made-up content in at every door, and says what became of it, a line for each door.
+"""`make fuzz`: feeds generated content to every fuzz target (`Door`), and prints one line of results for each.
 
-Each door has a process of its own, which is ended when a case takes too long and goes on behind it. Where `atheris` is
-installed it guides what is made by what has been reached of the code; else cases are made at random. Exit code 1 if
-anything was neither accepted nor refused in one line.
+Each target runs in a process of its own, which is killed if a case takes too long, and restarted after that case. If
+`atheris` is installed, it guides the generation by code coverage; otherwise cases are random. The exit code is 1 if any
+case was neither accepted nor refused in one line.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from doors import DOORS
 HERE = Path(__file__).resolve().parent
 MEMORY = Path("/dev/shm")
 SILENT_S = 6 * LIMIT_S
-"""A process whose case takes longer is one that no signal reaches: it is killed."""
+"""Seconds after which a process is killed whose case does not react to signals."""
 
 
 def main() -> int:
-    """Read the command line."""
+    """Parse the command line and run the fuzz targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=1000, help="at each door (1000)")
     parser.add_argument("--doors", nargs="*", metavar="NAME", help="those whose names begin so (all)")
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def _fuzz(name: str, args: argparse.Namespace) -> tuple[Tally, float]:
-    """What became of a door's cases, and seconds that they took."""
+    """Run a target's cases; returns their tally and the seconds that they took."""
     tally, begin, seed = Tally(), time.monotonic(), args.seed
     while tally.num_cases < args.cases:
         with tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
@@ -71,7 +71,7 @@ def _fuzz(name: str, args: argparse.Namespace) -> tuple[Tally, float]:
 
 
 def _run_until_it_ends(name: str, cases: int, seed: int, state: Path) -> None:
-    """Kills it when it has not begun a case for too long."""
+    """Run the process of a target; kill it if it begins no new case for too long."""
     command = [sys.executable, str(HERE / "inside.py"), name, str(cases), str(seed), str(state)]
     (state / "scratch").mkdir()
     with (
@@ -89,7 +89,7 @@ def _run_until_it_ends(name: str, cases: int, seed: int, state: Path) -> None:
 
 
 def _add(tally: Tally, state: Path, name: str) -> None:
-    """Add what a process has noted; the case at which it ended is a find."""
+    """Add the results that a process has recorded; the case during which it ended is a finding."""
     told = state / "told"
     if told.exists():
         found = json.loads(told.read_text())

@@ -1,4 +1,4 @@
-"""Cases made of good content: documents with other values in them, and bytes that are damaged."""
+"""Generates cases from valid content: documents with changed values, and damaged bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OTHERS += [_nested(50), _nested(120)]
 
 
 def values(*more: Any) -> st.SearchStrategy[Any]:
-    """Values of every kind, those that readers trip over and `more` among them."""
+    """Values of every kind, among them values that parsers often fail on, and `more`."""
     return st.one_of(
         st.sampled_from([*NUMBERS, *TEXTS, *OTHERS]),
         *([st.sampled_from(more)] if more else []),
@@ -47,9 +47,9 @@ def values(*more: Any) -> st.SearchStrategy[Any]:
 
 
 def changed(documents: Sequence[Any], keys: Sequence[str] = (), more: Sequence[Any] = ()) -> st.SearchStrategy[Any]:
-    """One of some documents with up to four changes: values replaced, moved and taken away, keys added and renamed.
+    """One of some documents with up to four changes: values replaced, moved or removed, keys added or renamed.
 
-    `keys` are those that its readers know, `more` values that they know.
+    `keys` are those that the document's readers know, `more` values that they know.
     """
     new, names = values(*more), [*keys, *TEXTS]
     numbers = st.integers(0, (1 << 16) - 1)
@@ -81,7 +81,7 @@ def changed(documents: Sequence[Any], keys: Sequence[str] = (), more: Sequence[A
 
 
 def _places(document: Any) -> Any:
-    """Every place of a value as (what holds it, key or index), large lists and mappings at their ends only."""
+    """Return every value's position as (container, key or index); of large lists and mappings only the ends."""
     if isinstance(document, dict):
         inner = [*document.items()]
     elif isinstance(document, list):
@@ -97,14 +97,14 @@ WORDS = (b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 200)
 
 
 def damaged(content: bytes, words: Sequence[bytes] = WORDS) -> st.SearchStrategy[bytes]:
-    """Bytes with up to three faults: cut off, flipped, put in twice, taken out, or with one of `words` in between."""
+    """Bytes with up to three faults: truncated, flipped, repeated or removed, or with one of `words` inserted."""
     return maybe_damaged(st.just(content), 1, words)
 
 
 def maybe_damaged(
     contents: st.SearchStrategy[bytes], one_in: int = 4, words: Sequence[bytes] = WORDS
 ) -> st.SearchStrategy[bytes]:
-    """The content as it is, and one time in so many damaged."""
+    """The contents as they are, and damaged one time in `one_in`."""
     numbers, few = st.integers(0, (1 << 24) - 1), st.binary(max_size=8)
 
     @st.composite
@@ -133,18 +133,18 @@ def maybe_damaged(
 
 
 def as_json(document: Any) -> bytes:
-    """As Python writes it: halves of surrogate pairs and numbers that are none included."""
+    """Encode as Python does, which allows lone surrogates and NaN."""
     return json.dumps(document).encode()
 
 
 def as_yaml(document: Any) -> bytes:
-    """As PyYAML writes it, aliases included."""
+    """Encode as PyYAML does, including aliases."""
     text: str = yaml.safe_dump(document, allow_unicode=True, sort_keys=False)
     return text.encode(errors="surrogatepass")
 
 
 def mappings(keys: Mapping[str, st.SearchStrategy[Any]], most: int = 6) -> st.SearchStrategy[dict[str, Any]]:
-    """Mappings of some of these keys to values that are meant, two times in three, or to any."""
+    """Mappings of some of these keys, two times in three to the values listed for them, else to any."""
     names, numbers, other = sorted(keys), st.integers(0, (1 << 16) - 1), values()
 
     @st.composite

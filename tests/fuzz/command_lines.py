@@ -1,4 +1,4 @@
-"""Doors of the command line: every command with made-up flags and files, and run entries."""
+"""Fuzz targets of the command line: every command with generated flags and files, and run entries."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from engine.errors import ConfigError
 CODES = {0, 1, 2}
 COMMANDS = ("run", "sweep", "register", "complete", "serve", "bench", "plan", "check", "verify", "compare", "reproduce")
 COMMANDS += ("report", "doctor")
-"""All but `lm-eval`, which hands its command line on to the harness."""
+"""All commands but `lm-eval`, which passes its command line on to the harness."""
 ENTRIES = (
     *(
         "simple_mcqa",
@@ -56,14 +56,14 @@ ENTRIES = (
 
 
 class _Found(BaseException):
-    """Carries the parser of a command out of it."""
+    """Carries a command's parser out of the command."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self.parser = parser
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    """What reads the command line of a command."""
+    """Return the parser of a command."""
     from flexgen_helm.run import main
     from flexgen_helm.terminal.parser import Parser
 
@@ -80,7 +80,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 @functools.cache
 def world() -> Path:
-    """A directory of files that command lines name."""
+    """Create a directory of files that command lines refer to."""
     folder = files.SCRATCH / "world"
     folder.mkdir()
     shutil.copytree(model_directory(), folder / "model")
@@ -158,7 +158,7 @@ def _command_lines() -> st.SearchStrategy[tuple[str, ...]]:
 
 
 def _flags(parser: argparse.ArgumentParser) -> list[tuple[list[str], tuple[Sequence[str], int]]]:
-    """Of each argument its names, the values that it may be given, and how many of them to give."""
+    """Return the names of each argument, the values to give it, and how many of them."""
     found = []
     for action in parser._actions:
         values: Sequence[str] = [*NAMES, *ENTRIES]
@@ -174,7 +174,7 @@ def _flags(parser: argparse.ArgumentParser) -> list[tuple[list[str], tuple[Seque
 
 
 def _let_commands_in() -> Callable[[tuple[str, ...]], None]:
-    """Imports all that commands need, so that their processes are forks that have it."""
+    """Import everything that commands need, so that their processes can be forked from this one."""
     for name in ("engine.engine", "helm.clients.auto_client", "flexgen_helm.sweeps.runner", "flexgen_helm.runs.launch"):
         importlib.import_module(name)
     from in_this_process import load_in_this_process
@@ -191,7 +191,7 @@ def _let_commands_in() -> Callable[[tuple[str, ...]], None]:
     shutil.copytree(folder, kept, symlinks=True, ignore=lambda *_: ["pipe"])
 
     def enter(line: tuple[str, ...]) -> None:
-        """The command ends in time with a code that it may have, and one line of why; refused, it leaves nothing."""
+        """A command must end in time with a documented exit code and a one-line error; refused, it leaves no files."""
         before = _seen(folder)
         code, told = _run(line, folder)
         after = _seen(folder)
@@ -219,7 +219,7 @@ def _seen(folder: Path) -> set[tuple[str, int, int]]:
 
 
 def _run(line: Sequence[str], folder: Path) -> tuple[int, str]:
-    """Exit code and standard error of a command, which is killed when it takes too long."""
+    """Run a command and return its exit code and standard error; kill it if it takes too long."""
     output = files.SCRATCH / "stderr"
     child = os.fork()
     if child == 0:
@@ -248,7 +248,7 @@ def _command(line: Sequence[str], folder: Path, output: Path) -> None:
         )
         from flexgen_helm.run import main
 
-        with mock.patch("asyncio.run", side_effect=KeyboardInterrupt):  # `serve` is ready by then
+        with mock.patch("asyncio.run", side_effect=KeyboardInterrupt):  # `serve` is ready then
             code = main(list(line))
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
@@ -267,7 +267,7 @@ def _check(command: str, code: int, told: str) -> None:
         lines = [each for each in told.splitlines() if each.strip()]
         if code == 2 and command != "check" and (not lines or not lines[-1].startswith("flexgen-helm: error: ")):
             raise BadLine(f"exit code {code} without a line that says why: {told[-2500:]}")
-        if code == 2 and lines:  # what `check` finds of a model, it says on standard output
+        if code == 2 and lines:  # `check` prints its findings on standard output
             check_line(lines[-1])
 
 
@@ -348,7 +348,7 @@ def _let_entries_in() -> Callable[[tuple[str, ...]], None]:
     register_in_process(made)
 
     def enter(entries: tuple[str, ...]) -> None:
-        """What is not refused has names of directories that lie beside one another."""
+        """Entries that are accepted must have names that make different directories."""
         args = parse_run_flags(["--model", model, "-m", "3"])
         args.run_entries = list(entries)
         read = read_entries(args)

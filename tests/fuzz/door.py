@@ -1,4 +1,4 @@
-"""A door: where content from outside comes in, and what may become of it there."""
+"""A fuzz target: a place where outside content enters the program, and the outcomes allowed there."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from hypothesis.strategies import SearchStrategy
 from engine.errors import EngineError
 
 LIMIT_S = 20.0
-"""Of a case, unless its door has another: what is usual is some milliseconds."""
+"""Most seconds of a case, unless its target has another limit; usual cases take milliseconds."""
 STARTS_S = 300.0
-"""Of what comes before the second case."""
+"""Most seconds until the second case begins."""
 _LONGEST_LINE = 4000
 ACCEPTED, REFUSED = "accepted", "refused in one line"
 
 
 class BadLine(AssertionError):
-    """A refusal that is no line, or not one that a terminal may be sent."""
+    """A refusal whose message is not one line, or not safe to print on a terminal."""
 
 
 class TooLong(BaseException):
-    """A case that takes longer than its limit; no `Exception`, which readers take for a fault of the content."""
+    """A case that takes longer than its limit; no `Exception`, because parsers would report that as invalid content."""
 
 
 @dataclass(frozen=True)
 class Door:
-    """Where content comes in."""
+    """A fuzz target."""
 
     name: str
     cases: Callable[[], SearchStrategy[Any]]
-    """Makes the strategy of its cases; what that needs of files is made by then."""
+    """Returns the strategy of its cases; the files that it needs exist by then."""
     opened: Callable[[], Callable[[Any], object]]
-    """Makes what lets one case in, which raises `EngineError` where it is refused."""
+    """Returns the function that is called with a case, and raises `EngineError` to refuse it."""
     is_guided: bool = True
-    """Whether a fuzzer that follows what code is reached can make its cases."""
+    """Whether a coverage-guided fuzzer can generate its cases."""
     limit_s: float = LIMIT_S
-    """Of a case."""
+    """Most seconds of a case."""
 
 
 @dataclass
 class Find:
-    """A kind of outcome that may not be, and the shortest case that led to it."""
+    """A kind of forbidden outcome, and the shortest case that led to it."""
 
     told: str
     case: str
@@ -56,18 +56,18 @@ class Find:
 
 @dataclass
 class Tally:
-    """What became of the cases of a door so far."""
+    """The outcomes of a target's cases so far."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     finds: dict[str, Find] = field(default_factory=dict)
 
     @property
     def num_cases(self) -> int:
-        """Of all outcomes."""
+        """Number of cases."""
         return sum(self.outcomes.values()) + sum(find.count for find in self.finds.values())
 
     def enter(self, let_in: Callable[[Any], object], case: Any, limit_s: float = LIMIT_S) -> None:
-        """Let a case in, and note what became of it; raises nothing."""
+        """Run a case and record its outcome; raises nothing."""
         try:
             outcome = outcome_of(let_in, case, limit_s)
         except (Exception, TooLong) as error:
@@ -76,7 +76,7 @@ class Tally:
             self.outcomes[outcome] += 1
 
     def note(self, kind: str, told: str, case: str, count: int = 1) -> None:
-        """Note a find of a kind; of several cases the shortest is kept."""
+        """Record a finding; of several cases of a kind, the shortest is kept."""
         known = self.finds.get(kind)
         if known is None:
             self.finds[kind] = Find(told, case, count)
@@ -87,7 +87,7 @@ class Tally:
 
 
 def outcome_of(let_in: Callable[[Any], object], case: Any, limit_s: float = LIMIT_S) -> str:
-    """What becomes of a case; raises what it may not lead to."""
+    """Run a case and return its outcome; raises an outcome that is forbidden."""
     before = signal.signal(signal.SIGALRM, _late)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
@@ -102,13 +102,13 @@ def outcome_of(let_in: Callable[[Any], object], case: Any, limit_s: float = LIMI
 
 
 def check_line(line: str) -> None:
-    """Raise `BadLine` for a message that is not one printable line of moderate length."""
+    """Raise `BadLine` unless the message is one printable line of moderate length."""
     if not line.isprintable() or not line.strip() or len(line) > _LONGEST_LINE:
         raise BadLine(f"{len(line)} characters: {line[:300]!r}")
 
 
 def place_of(error: BaseException) -> str:
-    """The kind of an error and the innermost line of this package's that it came through."""
+    """Return the error's type and the innermost line of this package in its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if "/engine/" in frame.filename or "/flexgen_helm/" in frame.filename]
     own = [frame for frame in ours if "/tests/" not in frame.filename and "/site-packages/" not in frame.filename]

@@ -1,4 +1,4 @@
-"""All doors, and those of them that are cheap enough to be looked through in every run of the tests."""
+"""All fuzz targets, and those that are cheap enough to run with the tests."""
 
 from __future__ import annotations
 

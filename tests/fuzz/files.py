@@ -1,4 +1,4 @@
-"""Doors of YAML and JSON that people write: policies, hardware profiles, HELM's entries, prompts."""
+"""Fuzz targets of YAML and JSON that users write: policies, hardware profiles, HELM's entries, prompts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from engine.policy import Policy, policy_directories
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = Path()
-"""Of the process; whoever lets cases in sets it."""
+"""The process's scratch directory; set by the caller before the first case."""
 
 PERCENTS = st.sampled_from([0, 20, 50, 80, 100, 100.0, 33.3, -1, 101])
 SHARES = st.fixed_dictionaries({}, optional=dict.fromkeys(("gpu", "cpu", "disk"), PERCENTS))
@@ -113,7 +113,7 @@ def _lists() -> st.SearchStrategy[bytes]:
 
 
 def _enter_list(content: bytes) -> None:
-    """What stood there stands there still, and the new entry with it; refused, the file is as it was."""
+    """Old entries must stay beside the new one; if the content is refused, the file must be unchanged."""
     from flexgen_helm.runs.yaml_lists import add_to_yaml_lists
 
     file = SCRATCH / "model_deployments.yaml"
@@ -159,10 +159,10 @@ def _clients() -> Callable[[Any], None]:
     tokenizer = Wrapped(AutoTokenizer.from_pretrained(model_directory()))
 
     def enter(told: Any) -> None:
-        """As `FlexGenClient` reads the args of its deployment."""
+        """Read the args of a deployment as `FlexGenClient` does."""
         args = told.get("args") if isinstance(told, dict) else None
         if not isinstance(args, dict) or not all(isinstance(name, str) for name in args):
-            return  # which HELM calls no client with
+            return  # HELM calls no client with this
         Policy.load(args.get("policy"))
         others = ("pretrained_model_name_or_path", "policy", "window")
         shaping = Shaping.of({name: value for name, value in args.items() if name not in others})
@@ -237,7 +237,7 @@ def _bodies() -> Callable[[str], None]:
 
 
 def _check_answers(form: Any, questions: list[Any], bad: list[Any]) -> None:
-    """Every line of answers is JSON that any reader takes, in UTF-8, and every refusal is a line."""
+    """Every line of the answers must be strict JSON in UTF-8, and every refusal one line."""
     import json
 
     for refused in bad:

@@ -1,4 +1,4 @@
-"""The process of a door: lets cases in one after the other, and notes in a directory what became of them."""
+"""The process of a fuzz target: runs its cases one after the other, and records the outcomes in a directory."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _BYTES = 4000
-"""Of what a case is made from at most."""
+"""Most bytes that a case is made from."""
 _NOTES_S = 1.0
 
 
 def main(name: str, cases: int, seed: int, state: Path) -> NoReturn:
-    """Let `cases` cases in at the door of this name."""
+    """Run `cases` cases of the target with this name."""
     os.environ.update(
         XDG_CACHE_HOME=str(state / "scratch" / "cache"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
     )
@@ -35,7 +35,7 @@ def main(name: str, cases: int, seed: int, state: Path) -> NoReturn:
 
 
 def enter_all(name: str, cases: int, seed: int, state: Path, atheris: Any) -> NoReturn:
-    """Makes cases from bytes: those that the fuzzer has found to reach new code, or any."""
+    """Make cases from bytes: from inputs that the fuzzer found to reach new code, or random ones."""
     import files
     from door import STARTS_S, Tally
     from doors import DOORS
@@ -54,19 +54,19 @@ def enter_all(name: str, cases: int, seed: int, state: Path, atheris: Any) -> No
         text = repr(case).encode(errors="backslashreplace")
         os.pwrite(current, text, 0)
         os.ftruncate(current, len(text))
-        # The first one may wait for what is imported.
+        # The first case may have to wait for imports.
         tally.enter(let_in, case, door.limit_s if tally.num_cases else STARTS_S)
         is_whole = tally.num_cases >= cases
         if is_whole or time.monotonic() > noted + _NOTES_S:
             _note(tally, state, is_whole=is_whole)
             noted = time.monotonic()
-        if is_whole or os.getppid() != parent:  # whoever asks for it has ended
+        if is_whole or os.getppid() != parent:  # the process that started this one has ended
             os._exit(0)
 
     fuzz = note.hypothesis.fuzz_one_input  # type: ignore[attr-defined]
 
     def guided(data: bytes) -> None:
-        fuzz(data + random.Random(data).randbytes(_BYTES))  # enough for a case, however short
+        fuzz(data + random.Random(data).randbytes(_BYTES))  # enough bytes for a case, however short `data` is
 
     chosen = random.Random(seed)
     if atheris is None or not door.is_guided:

@@ -1,4 +1,4 @@
-"""Doors of a model directory: its config, its tokenizer, its chat template, and the headers of its weights."""
+"""Fuzz targets of a model directory: its config, tokenizer, chat template, and the headers of its weight files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def model_directory() -> Path:
 
 
 def _directory_with(folder: str, contents: Mapping[str, bytes]) -> Path:
-    """The tiny model with other files; always of the same name."""
+    """Return the tiny model's directory with other files; always the same path."""
     path = files.SCRATCH / folder
     if not path.exists():
         shutil.copytree(model_directory(), path)
@@ -134,7 +134,7 @@ def _config_files() -> st.SearchStrategy[Any]:
 
 
 def _enter_config(files: tuple[bytes, bytes]) -> None:
-    """What `describe` asks of a config, and a run of it and of generation_config.json."""
+    """Read a config as `describe` does, and run the model with it and generation_config.json."""
     from transformers import AutoTokenizer
 
     from engine.checkpoint.config import load_family_config, num_layers, read_config
@@ -254,7 +254,7 @@ def _tokenizer_files() -> st.SearchStrategy[Any]:
 
 
 def _enter_tokenizer(files: tuple[bytes, bytes, bytes]) -> None:
-    """A tokenizer that is taken makes ids of a text, and a text of ids."""
+    """A tokenizer that is accepted must encode and decode a text."""
     from engine.checkpoint.tokenizer import load_tokenizer
     from engine.text.prompt import PromptTokenizer
 
@@ -325,7 +325,7 @@ def _template_door() -> Callable[[bytes], None]:
     tokenizer = load_tokenizer(model_directory())
 
     def enter(template: bytes) -> None:
-        """A conversation is rendered, or refused by the engine or by the template itself."""
+        """A conversation must be rendered, or refused by the engine or by the template itself."""
         tokenizer.chat_template = template.decode("utf-8", "replace")
         prompts = PromptTokenizer.of(tokenizer, 512)
         model = Model.of(("tiny",), prompts, 600)
@@ -379,7 +379,7 @@ def _headers() -> st.SearchStrategy[bytes]:
 
 
 def _enter_header(content: bytes) -> None:
-    """A file that is taken gives every tensor of its header, and as many bytes as that tells."""
+    """A file that is accepted must give every tensor of its header, with the size stated there."""
     from engine.checkpoint.tensors import tensors_of
 
     file = files.SCRATCH / "x.safetensors"
@@ -452,7 +452,7 @@ def gguf_file() -> bytes:
 
 
 def _enter_gguf_header(content: bytes) -> None:
-    """What the gguf package reads of a file that is taken, and how long that takes, the file's size bounds."""
+    """The file's size must bound what the gguf package reads of it, and for how long."""
     from gguf import GGUFReader
 
     from engine.checkpoint.gguf.header import check_header
@@ -462,7 +462,7 @@ def _enter_gguf_header(content: bytes) -> None:
     check_header(file, file)
     try:
         GGUFReader(file)
-    except Exception as error:  # which is told as one of the file
+    except Exception as error:  # reported as an error of the file
         raise CheckpointError("x") from error
 
 

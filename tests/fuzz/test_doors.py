@@ -1,4 +1,4 @@
-"""Protects: content from outside is accepted, or refused in one line; and the fuzzer tells what is neither."""
+"""Protects: outside content is accepted, or refused in one line; and the fuzzer reports everything else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # as `python tests/fuzz` has it
+sys.path.insert(0, str(Path(__file__).parent))  # as in `python tests/fuzz`
 
 import files
 from door import ACCEPTED, REFUSED, BadLine, Tally, check_line

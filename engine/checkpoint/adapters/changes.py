@@ -139,7 +139,7 @@ class _Fitting:
             )
         if target in self.packed:
             raise UnsupportedError(
-                f"{self.file.with_name(ADAPTER_CONFIG)}: its base model {self.config.base} comes quantized, and "
+                f"{self.file.with_name(ADAPTER_CONFIG)}: its base model {self.config.base} is quantized, and "
                 "nothing can be added to packed matrices; name the unquantized model as base_model_name_or_path"
             )
         return target

@@ -233,8 +233,8 @@ def _matches(file: Path, expression: str, module: str, *, whole: bool = False) -
         return (compiled.fullmatch if whole else compiled.match)(module, timeout=_MATCH_S) is not None
     except TimeoutError:
         raise CheckpointError(
-            f"{file}: whether the pattern {shown(expression)} matches the module {shown(module)} is not told in "
-            f"{_MATCH_S:.0f} s; write it without repeats in repeats"
+            f"{file}: whether the pattern {shown(expression)} matches the module {shown(module)} is not decided within "
+            f"{_MATCH_S:.0f} s; write it without nested repeats"
         ) from None
 
 

@@ -110,8 +110,8 @@ def _own_tokenizer(path: Path) -> list[Path]:
     found = [file for file in found_side_files(path) if file.name not in OF_THE_MODEL]
     if found and not any(map(is_vocabulary, found)):
         raise CheckpointError(
-            f"{path} holds {found[0].name} and no vocabulary: whether it goes with its base model's tokenizer cannot "
-            "be told; take it away, or copy the base model's tokenizer files there"
+            f"{path} holds {found[0].name} and no vocabulary, so whether it fits the base model's tokenizer is "
+            "unknown; remove it, or copy the base model's tokenizer files there"
         )
     return found
 

@@ -129,8 +129,8 @@ def _with_heads(told: Mapping[str, Any], reader: Any, config: Any, file: Path) -
     found = getattr(text, "num_key_value_heads", heads)
     if f"{architecture}.attention.head_count_kv" not in reader.fields and found != heads:
         raise UnsupportedError(
-            f"{file} does not set {architecture}.attention.head_count_kv, and transformers takes {found} for it, "
-            f"where {heads} are meant; {_CURE}"
+            f"{file} does not set {architecture}.attention.head_count_kv, and transformers uses {found} for it, "
+            f"where {heads} is right; {_CURE}"
         )
     return {**told, "num_attention_heads": heads, "num_key_value_heads": found}
 

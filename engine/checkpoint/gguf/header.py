@@ -95,8 +95,8 @@ class _Walk:
         """Raise `CheckpointError` unless there is room for so many of so many bytes."""
         left = len(self._content) - self._at
         if count * size > left:
-            _damaged(self._file, f"{count:,} {what} at byte {self._at:,}, behind which there are {left:,} bytes")
+            _damaged(self._file, f"{count:,} {what} at byte {self._at:,}, after which there are {left:,} bytes")
 
 
 def _damaged(file: Path, why: str) -> NoReturn:
-    raise CheckpointError(f"{file} is damaged: its header tells of {why}; fetch it again")
+    raise CheckpointError(f"{file} is damaged: its header describes {why}; fetch it again")

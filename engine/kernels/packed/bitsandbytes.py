@@ -32,7 +32,7 @@ class FourBitBlocks(PackedMatrix):
             list(told["shape"]) != list(shape)
             or parts["weight"].shape.numel() * parts["weight"].dtype.itemsize * 2 != count
         ):
-            raise ValueError(f"quant_state tells of {told['shape']}, the layer has {list(shape)}")
+            raise ValueError(f"quant_state describes {told['shape']}, the layer has {list(shape)}")
         if count % self._block:
             raise ValueError(f"{count} numbers are no multiple of blocks of {self._block}")
         if ("weight.nested_absmax" in parts) != ("weight.nested_quant_map" in parts):

@@ -138,7 +138,7 @@ def _reach(
         return Reach()
     reach = context.masks.reach_of(mask)
     if reach is None:
-        raise UnsupportedError("its attention takes a mask of its own")
+        raise UnsupportedError("its attention uses a mask of its own")
     return reach
 
 

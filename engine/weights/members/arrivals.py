@@ -51,7 +51,7 @@ class Arrivals:
             self._end(placed)
 
     def take_over(self, placed: PlacedUnit) -> bool:
-        """Whether this process must load the shared bytes of a unit after all that another member was to load."""
+        """Whether this process must load a unit's shared bytes because the member that was to load them has ended."""
         if self._shared is None or not self._shared.begin(placed.unit.name, of_others=True):
             return False
         placed.bring(frozenset(self._shared_tiers))
@@ -64,9 +64,9 @@ class Arrivals:
             self._end(placed)
 
     def _end(self, placed: PlacedUnit) -> None:
-        """Everything that this process loads of a unit is in place."""
+        """Note that this process has loaded all it had to load of a unit."""
         if accelerator.has_streams(self._arena.device):
-            accelerator.current_stream(self._arena.device).synchronize()  # other streams read it
+            accelerator.current_stream(self._arena.device).synchronize()  # other streams read the unit
         if (shared := self._memory_of(placed)) is None:
             placed.settle()
         elif placed.brings.intersection(self._shared_tiers):
@@ -83,7 +83,7 @@ class Arrivals:
                 yield placed
 
     def until_complete(self, name: str | None = None) -> Iterator[list[PlacedUnit]]:
-        """Yield what is not complete of unit `name`, or of all, every few milliseconds; raises the fault of loading."""
+        """Yield the incomplete units (of `name`, or all) every few milliseconds; raises what ended loading."""
         while left := [placed for placed in self.left() if name in (None, placed.unit.name)]:
             yield left
             time.sleep(_POLL_S)
@@ -100,7 +100,7 @@ class Arrivals:
     def give_up(self, fault: BaseException) -> None:
         """End loading: threads that wait for an incomplete unit get `fault`.
 
-        Other members get a fault that they would meet, too; otherwise they load what this one was to load.
+        Other members get `fault` too if it would occur there as well; otherwise they load what this member was to load.
         """
         self._fault = fault
         if self._shared is not None:
@@ -118,6 +118,6 @@ class Arrivals:
             raise self._fault
 
     def close(self) -> None:
-        """Release what is shared."""
+        """Release the shared memory."""
         if self._shared is not None:
             self._shared.close()

@@ -16,10 +16,10 @@ def bring(
     kept: KeptWeights | None,
     follow: Callable[[FileSpan], None],
 ) -> Iterator[None]:
-    """Execute the steps of each unit that this process needs, one an iteration, until all units are complete.
+    """Run the loading steps of each unit that this process needs, one per iteration, until all units are complete.
 
-    by_unit: the steps and their parameters by unit name, in the order of the sweep. What other processes were to load
-    and did not, this one loads in the end. `follow` is called for the parts of weight files that have been read.
+    by_unit: the steps and their parameters by unit name, in the order of the sweep. At the end, this process also loads
+    what other processes failed to load. `follow` is called for the parts of weight files that have been read.
     """
 
     def needed(unit: str) -> Iterator[Step]:

@@ -1,4 +1,4 @@
-"""Several engines that run each sweep together: what each has of a layer goes to all of them, device to device."""
+"""Several engines that compute each sweep together: every layer's parts are gathered from device to device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.weights.members.meeting import meet, naming_the_lost, part
 from engine.weights.placed_unit import PlacedUnit
 
 _TIMEOUT = timedelta(minutes=30)
-"""More than any member's longest sweep, for which others wait. A process that ends is noticed sooner."""
+"""Longer than any member's longest sweep, which the others wait for. The end of a process is noticed sooner."""
 
 
 @dataclass(frozen=True)
@@ -22,30 +22,30 @@ class Agreed:
     """What the members of a group are about to do."""
 
     sweep: int
-    """How many of them have something to compute."""
+    """The number of members that have something to compute."""
     leave: bool
-    """Any of them ends."""
+    """Whether a member ends."""
 
 
 class Group:
-    """The processes of a group, in torch.distributed, of which a process has one at a time.
+    """The processes of a group, connected by torch.distributed; a process has one group at a time.
 
-    Every member gathers the same units in the same order, sweep by sweep, whether it has anything to compute or not.
+    Every member gathers the same units in the same order, sweep by sweep, whether or not it has anything to compute.
     """
 
     def __init__(self, member: Member, device: torch.device) -> None:
-        """Returns when all members are there; `EngineError` when they do not come."""
+        """Connect to the other members; raises `EngineError` if they do not come."""
         assert member.meeting is not None
         self._member = member
         self.count = member.count
-        """How many there are."""
+        """The number of members."""
         meet(member.meeting, member.index, member.count, device, _TIMEOUT)
         self._lost = f"one of the {self.count} engines that share the weights"
         with naming_the_lost(self._lost):
             self._agreeing: Any = distributed.new_group(backend="gloo", timeout=_TIMEOUT)
 
     def agree(self, *, sweep: bool, leave: bool = False) -> Agreed:
-        """Wait for all members to say what they are about to do. Raises `EngineError` when one has gone."""
+        """Exchange with all members what each is about to do. Raises `EngineError` if a member has ended."""
         said = torch.tensor([sweep, leave], dtype=torch.int32)
         with naming_the_lost(self._lost):
             distributed.all_reduce(said, group=self._agreeing)
@@ -53,10 +53,10 @@ class Group:
         return Agreed(sweep=swept, leave=left > 0)
 
     def gather(self, placed: PlacedUnit, slot: torch.Tensor) -> None:
-        """Bring what the other members have of a unit to `slot`, in which this one's part is.
+        """Copy the other members' parts of a unit to `slot`, which already holds this member's part.
 
-        On a device with streams the current one goes on when it is there; else this returns then. Raises `EngineError`
-        when a member has gone.
+        On a device with streams, the current stream waits for the copies; otherwise this function does. Raises
+        `EngineError` if a member has ended.
         """
         size = placed.gathered_bytes // self._member.count
         whole = slot[: placed.gathered_bytes]
@@ -68,5 +68,5 @@ class Group:
             work.wait()
 
     def close(self) -> None:
-        """Leave, after all members have agreed to."""
+        """Disconnect, after all members have agreed to."""
         part()

@@ -14,20 +14,20 @@ from engine.memory.shared import SharedMemory
 
 _FAULT_BYTES = 4096
 _FLAGS = 8
-"""The offset of the first unit's flag, after the length of the fault."""
+"""The offset of the first unit's flag, after the fault and its length."""
 _SEPARATOR = "\0"
 
 
 class HostWeights:
     """The shared bytes of units, which of them are complete, and which member loads which.
 
-    Every member makes the same layout: a page with the fault that ended loading, a byte for each unit that is set when
-    it is complete, and the units, each from a page's first byte on. Units are assigned to the members. The member that
-    loads one holds its lock; where a member ends before a unit is complete, another one can take it over.
+    Every member computes the same layout: a page with the fault that ended loading, one byte per unit that is set when
+    the unit is complete, and the units, each beginning on a page. Units are assigned to the members. The member that
+    loads a unit holds a lock on it; if it ends before the unit is complete, another member can take over.
     """
 
     def __init__(self, member: Member, sizes: dict[str, int]) -> None:
-        """sizes: the bytes of each unit that has any. Raises `CapacityError` where so much memory is not allowed."""
+        """sizes: the bytes of each unit that has any. Raises `CapacityError` if the memory exceeds a limit."""
         assert member.weights is not None
         self._member = member
         self._number = {unit: number for number, unit in enumerate(sizes)}
@@ -46,12 +46,12 @@ class HostWeights:
         return unit in self._ranges
 
     def view(self, unit: str) -> torch.Tensor:
-        """The shared bytes of a unit, which may be used once they are claimed."""
+        """The shared bytes of a unit; they may be used once they are claimed."""
         first, end = self._ranges[unit]
         return self._memory.whole[first:end]
 
     def claim(self, unit: str) -> torch.Tensor:
-        """Allocate the shared bytes of a unit permanently; `CapacityError` where the system has no more memory."""
+        """Allocate the shared bytes of a unit permanently; raises `CapacityError` if the system has no more memory."""
         return self._memory.claim(*self._ranges[unit])
 
     def is_complete(self, unit: str) -> bool:
@@ -59,12 +59,12 @@ class HostWeights:
         return bool(self._flags[self._number[unit]])
 
     def begin(self, unit: str, *, of_others: bool = False) -> bool:
-        """Whether this member is to load a unit now: nobody has or does, and it was assigned to it, or to another."""
+        """Whether this member is to load a unit now: nobody has begun it, and it is assigned to it, or to another."""
         number = self._number[unit]
         is_dealt = of_others or number % self._member.count == self._member.index
         if not is_dealt or self.is_complete(unit) or not self._memory.lock(number):
             return False
-        if self.is_complete(unit):  # since we looked
+        if self.is_complete(unit):  # completed since the last check
             self._memory.unlock(number)
             return False
         return True
@@ -75,11 +75,11 @@ class HostWeights:
         self._memory.unlock(self._number[unit])
 
     def leave(self) -> None:
-        """Let others load what this member began."""
+        """Let other members load what this member began."""
         self._memory.unlock_all()
 
     def give_up(self, fault: EngineError) -> None:
-        """Report a fault that any member would meet to all of them."""
+        """Report to all members a fault that would occur in each of them."""
         if not int(self._length):
             text = f"{type(fault).__name__}{_SEPARATOR}{fault}".encode()[:_FAULT_BYTES]
             self._fault[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
@@ -96,7 +96,7 @@ class HostWeights:
         return fault
 
     def close(self) -> None:
-        """Release locks; the memory is released with its last view."""
+        """Release the locks; the memory is released with its last view."""
         self._memory.close()
 
 

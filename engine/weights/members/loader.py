@@ -1,4 +1,4 @@
-"""The thread that brings weights to their places behind the first sweep."""
+"""The thread that loads weights while the first sweep is already running."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from engine.weights.store import WeightStore
 
 
 class Loader:
-    """Brings weights, a parameter at each step; whoever waits for some is told if they cannot be brought."""
+    """Loads weights, a parameter at each step; an error is raised to everyone who waits for weights."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Loader:
         device: torch.device,
         explained: Callable[[BaseException], BaseException],
     ) -> None:
-        """loading: the steps, for `stores`. explained: makes an error of the engine of any. Begins at once."""
+        """Start. loading: the steps, which load into `stores`. explained: converts any exception to an engine error."""
         self._loading, self._stores, self._device, self._explained = loading, stores, device, explained
         self._is_closing = False
         self.loaded = math.inf
@@ -32,7 +32,7 @@ class Loader:
         self._thread.start()
 
     def close(self) -> None:
-        """Bring no more; returns when the thread has ended."""
+        """Stop loading; returns when the thread has ended."""
         self._is_closing = True
         self._thread.join()
 
@@ -47,8 +47,8 @@ class Loader:
             fault = self._explained(error)
             for store in self._stores:
                 store.give_up(fault)
-                if store.digest is not None:  # `loading`, which ends it otherwise, may not have begun
+                if store.digest is not None:  # `loading` fails the digest itself, unless it has not begun
                     store.digest.give_up(fault)
         finally:
-            if isinstance(self._loading, Generator):  # it may be writing down encoded weights, out of memory that goes
+            if isinstance(self._loading, Generator):  # it may still be writing encoded weights
                 self._loading.close()

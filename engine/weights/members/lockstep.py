@@ -1,4 +1,4 @@
-"""Runs an engine's sweeps in step with the other members of its group, if there is one."""
+"""Runs an engine's sweeps in step with the other members of its group, if it has one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from engine.errors import EngineError
 from engine.weights.members.group import Group
 
 IDLE_S = 0.02
-"""How often an idle member of a group checks whether the others compute."""
+"""Seconds between an idle member's checks whether the others have work."""
 _WAITED_FOR_S = 0.05
-"""How long members with work wait for those without: jobs of one caller for all members do not arrive at the same
-moment, and would otherwise take two sweeps. A member that had none then is not waited for again before it has."""
+"""Seconds that members with work wait for those without: jobs of one caller for all members do not arrive at the same
+moment, and would otherwise take two sweeps. A member that had no work then is waited for again only once it had some.
+"""
 
 Batch = TypeVar("Batch")
 """The work of a sweep, which may be empty."""
@@ -27,26 +28,26 @@ class Lockstep(Generic[Batch, Answer]):
     def __init__(
         self, sweep: Callable[[list[Batch]], list[Answer]], recover: Callable[[], None], group: Group | None
     ) -> None:
-        """sweep: computes one; recover: makes ready for another one after an error."""
+        """sweep: computes one; recover: resets after an error, so that another sweep can begin."""
         self._sweep, self._recover = sweep, recover
         self._group = group
         self._is_sweeping = False
         self._has_left = group is None
         self._has_waited = False
-        """Whether members have waited for others that then had no work, and still have none."""
+        """Whether members have waited for others that still have no work."""
         self._is_waited_for = False
 
     @property
     def idle_s(self) -> float | None:
-        """How long this engine may be idle before it takes part in the others' sweeps."""
+        """How many seconds this engine may be idle before it takes part in the others' sweeps; None without a group."""
         if self._group is None:
             return None
         return _WAITED_FOR_S if self._is_waited_for else IDLE_S
 
     def sweep(self, batches: list[Batch]) -> list[Answer]:
-        """The answers of a sweep; without work, take part in a sweep of others, if they have work.
+        """Return the answers of a sweep; without work, take part in a sweep of the others if they have work.
 
-        Raises `EngineError` when a member has ended.
+        Raises `EngineError` if a member has ended.
         """
         if self._group is not None:
             num_ready = self._agree(self._group, batches)
@@ -66,7 +67,7 @@ class Lockstep(Generic[Batch, Answer]):
         return answers
 
     def _agree(self, group: Group, batches: list[Batch]) -> int:
-        """The number of members with work; raises `EngineError` when one has ended."""
+        """Return the number of members with work; raises `EngineError` if one has ended."""
         agreed = group.agree(sweep=bool(batches))
         if agreed.leave:
             self._has_left = True
@@ -74,14 +75,14 @@ class Lockstep(Generic[Batch, Answer]):
         return agreed.sweep
 
     def recover(self) -> None:
-        """Make ready for another sweep after one that ended in an error."""
+        """Reset to a state in which the next sweep can begin, after one that ended in an error."""
         self._recover()
         self._is_sweeping = False
 
     def leave(self) -> None:
-        """Tell the others that this member ends; they end, too.
+        """Tell the other members that this one ends; they end too.
 
-        In the middle of a sweep they cannot be told: they wait for layers until this process ends.
+        Members in the middle of a sweep cannot be told: they wait for layers until this process ends.
         """
         if self._group is not None and not self._has_left and not self._is_sweeping:
             self._has_left = True

@@ -1,4 +1,4 @@
-"""Where the processes of engines that compute together meet, in torch.distributed."""
+"""Connects processes that compute together, by torch.distributed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from engine.memory import accelerator
 
 
 def meet(address: str, index: int, count: int, device: torch.device, timeout: timedelta) -> None:
-    """Be process `index` of `count` in torch.distributed; returns when all are there.
+    """Join torch.distributed as process `index` of `count`; returns when all have joined.
 
-    address: path of a file, absent at first, that all see, or `tcp://host:port`, at which the first process listens.
-    timeout: how long one waits for another, here and later. Raises `EngineError` when they do not come.
+    address: path of a file, absent at first, that all can open, or `tcp://host:port`, at which the first process
+    listens. timeout: how long one process waits for another, here and later. Raises `EngineError` if they do not come.
     """
     os.environ.update(accelerator.GATHERING)
     on_cuda = device.type == "cuda"
@@ -42,14 +42,14 @@ def meet(address: str, index: int, count: int, device: torch.device, timeout: ti
 
 @contextmanager
 def naming_the_lost(told: str) -> Iterator[None]:
-    """Inside, that another process has gone is an `EngineError` that begins as `told`."""
+    """Within the context, the end of another process raises an `EngineError` that begins with `told`."""
     try:
         yield
     except RuntimeError as error:
-        raise EngineError(f"{told} has gone: {one_line(error)}; start all of them again") from error
+        raise EngineError(f"{told} has ended: {one_line(error)}; start all of them again") from error
 
 
 def part() -> None:
-    """Leave, after all have agreed to."""
+    """Leave, after all processes have agreed to."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The placement of a unit's bytes, alone and where several engines share the weights."""
+"""The placement of a unit's bytes, for one engine and for several that share the weights."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def place_unit(
     member: Member | None,
     expands_whole: bool,
 ) -> PlacedUnit:
-    """A unit divided by the percents of `share`, with its memory on the device.
+    """Divide a unit by the percents of `share`, and allocate its memory on the device.
 
-    expands_whole: encoded experts are decoded with the unit, not some at a time. With several engines that gather
-    weights, each has a part of every layer and of the head, divided by the same percents. The token embedding, whose
-    rows are looked up, and the parameters that are needed throughout stay whole with each.
+    expands_whole: encoded experts are decoded with the unit, not some at a time. If several engines gather weights,
+    each has a part of every layer and of the head, divided by the same percents. The token embedding, whose rows are
+    looked up, and the parameters that are needed throughout are kept whole by each engine.
     """
     coded = encoded_names(model, unit, codec)
     stacks = frozenset[str]() if expands_whole else stack_names(model, unit, codec)
@@ -64,7 +64,7 @@ def place_unit(
 
 
 def shared_tiers(device: torch.device) -> tuple[Literal["device", "host"], ...]:
-    """The tiers whose bytes all members can read: on the CPU the device's, too."""
+    """The tiers whose bytes all members can read: on the CPU, the device's too."""
     return ("device", "host") if device.type == "cpu" else ("host",)
 
 
@@ -73,7 +73,7 @@ def _is_shared(tier: Tier, member: Member | None, device: torch.device) -> bool:
 
 
 def shared_weights(placed: dict[str, PlacedUnit], member: Member, device: torch.device) -> HostWeights | None:
-    """The memory that all members read; None without one."""
+    """The memory that all members read; None if there is none."""
     sizes = {
         name: sum(end - first for tier, first, end in each.tiers() if _is_shared(tier, member, device))
         for name, each in placed.items()

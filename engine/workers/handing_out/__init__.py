@@ -1,4 +1,4 @@
-"""Which device computes which jobs, and which of its sweeps in flight a sequence is in (pure).
+"""Decides which device computes which jobs, and in which concurrent sweep a sequence is computed (pure).
 
-Nothing here starts a process or talks to one: `engine.workers` and `engine.hosts` act on what it says.
+Nothing here starts a process or sends a message: `engine.workers` and `engine.hosts` act on its decisions.
 """

@@ -1,4 +1,4 @@
-"""Jobs that begin with the same tokens, in groups that one device computes (pure)."""
+"""Groups of jobs whose prompts begin with the same tokens, to be computed by one device (pure)."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from engine.job import Job
 from engine.schedule.prefix import MIN_SHARED_TOKENS, common_length
 
 _PIECES = 32
-"""Of a fair share, that a group is cut into where it is larger than one: as many as make shares equal to 3 %."""
+"""Pieces per fair share that a larger group is cut into: enough to make the devices' shares equal within 3 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
-    """What a job asks of the device that computes it, after the jobs before it in its group."""
+    """The cost of a job for the device that computes it after the preceding jobs of its group."""
 
     number: int
-    """Of the job."""
+    """The job's number."""
     rows: int
-    """Tokens of its prompt that those before it do not begin with."""
+    """Prompt tokens beyond the prefix shared with the preceding job."""
     new: int
-    """Tokens that it may generate."""
+    """Most tokens that the job may generate."""
 
     @property
     def tokens(self) -> int:
-        """Computed tokens."""
+        """Prompt and generated tokens together."""
         return self.rows + self.new
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Jobs that are best computed by one device, in the order of their tokens."""
+    """Jobs that one device should compute, sorted by their prompts' tokens."""
 
     loads: tuple[Load, ...]
     tokens: int
-    """Computed tokens."""
+    """Tokens to compute for all jobs, with shared prefixes counted once."""
     shared: int
-    """Tokens that all of them begin with: another device that takes some of them computes these again."""
+    """Length of the prefix common to all jobs: a second device that takes some of the jobs computes it again."""
     family: int
-    """That it was cut from with others: what these begin with, too, a device that has some of them computes once."""
+    """Number shared by groups cut from the same larger group: a device computes their common prefix only once."""
     inherited: int = 0
-    """Tokens that the first job has in common with what others of the family begin with; not in `tokens`."""
+    """Tokens of the first job that belong to the prefix common to the family; not counted in `tokens`."""
 
     def split(self, count: int) -> tuple[Group, Group]:
-        """The first `count` jobs, and the others."""
+        """Split into the first `count` jobs and the others."""
         first = self._of(self.loads[:count], self.inherited)
-        tokens = self.tokens - first.tokens  # not added up: a large group is split as often as devices take of it
+        tokens = self.tokens - first.tokens  # not summed: a large group is split every time a device takes jobs of it
         return first, self._of(self.loads[count:], max(self.shared, self.inherited), tokens)
 
     def only(self, numbers: Container[int]) -> Group:
-        """The same with only these of its jobs."""
+        """Keep only the jobs with these numbers."""
         return self._of(tuple(load for load in self.loads if load.number in numbers), self.inherited)
 
     def _of(self, loads: tuple[Load, ...], inherited: int, tokens: int | None = None) -> Group:
@@ -61,10 +61,11 @@ class Group:
 
 
 def groups_of(jobs: Mapping[int, Job], num_shares: int, others: int = 0, *, share_prefix: bool = True) -> list[Group]:
-    """The groups of `jobs`, by number: those with the longest answers first, then in the order of their tokens.
+    """Group `jobs`, given by number; groups with the longest answers come first, then those with smaller tokens.
 
-    A group that alone is larger than a fair share of the work is cut where its jobs have least in common, unless that
-    costs more than it spares. `others`: computed tokens of other work that the same `num_shares` devices have left.
+    A group larger than a fair share of the work is cut where its jobs have least in common, unless recomputing the
+    prefix costs more than the cut saves. `others`: tokens of other work still to be computed by the `num_shares`
+    devices.
     """
     prompts = {number: _tuple(job.prompt) for number, job in jobs.items()}
     order = sorted(prompts, key=prompts.__getitem__) if share_prefix else list(prompts)
@@ -96,12 +97,12 @@ def groups_of(jobs: Mapping[int, Job], num_shares: int, others: int = 0, *, shar
 
 
 def _tuple(prompt: Sequence[int]) -> tuple[int, ...]:
-    """A prompt as it can be compared with others; one that is a tuple already is not copied."""
+    """Return the prompt as a tuple, which can be compared; a tuple is returned uncopied."""
     return prompt if isinstance(prompt, tuple) else tuple(prompt)
 
 
 def _joined(borders: list[int], ends: list[int], most: float) -> list[int]:
-    """`borders` without those between neighbours that are small together."""
+    """Remove borders between neighbours whose sizes together are at most `most`."""
     kept = borders[:1]
     for border, after in pairwise(borders[1:]):
         if ends[after] - ends[kept[-1]] > most:

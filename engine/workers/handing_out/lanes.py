@@ -1,4 +1,4 @@
-"""Which of the sweeps that are in flight at the same time a sequence is computed in (pure)."""
+"""Assigns sequences to lanes, the sweeps that are in flight at the same time (pure)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from engine.workers.handing_out.sharing_out import Room, SharingOut
 
 
 class LaneShares:
-    """Shares sequences out to lanes as jobs are to devices: by their prefixes, and kept until they are needed.
+    """Assigns sequences to lanes as jobs are assigned to devices: by shared prefix, and only when a lane needs them.
 
-    A single lane gets all at once, in their order.
+    A single lane gets every sequence at once, in order.
     """
 
     def __init__(self, rooms: Sequence[Room], *, share_prefix: bool) -> None:
-        """rooms: of each lane, how much may wait there."""
+        """rooms: how much may wait in each lane."""
         self._rooms = dict(enumerate(rooms))
         self._shares = SharingOut(len(rooms), share_prefix=share_prefix)
         self._numbers = itertools.count()
         self._known: dict[int, Running] = {}
-        """By number; only of several lanes."""
+        """Sequences by number; empty if there is only one lane."""
         self._number_of: dict[int, int] = {}
-        """Of sequences, by their identity."""
+        """Numbers of sequences, by `id()`."""
         self._lane_of: dict[int, int] = {}
 
     def share_out(self, new: Iterable[Running]) -> dict[int, list[Running]]:
-        """Take in sequences; what each lane is to get now, of these and of those before."""
+        """Add sequences; returns those that each lane gets now, new or left from earlier calls."""
         if len(self._rooms) == 1:
             return {0: list(new)}
         for sequence in new:
@@ -41,11 +41,11 @@ class LaneShares:
         return given
 
     def lane_of(self, sequence: Running) -> int | None:
-        """The lane that has got a sequence; None where none has."""
+        """The lane that a sequence was assigned to; None if it has not been assigned."""
         return 0 if len(self._rooms) == 1 else self._lane_of.get(id(sequence))
 
     def entered(self, sequences: Iterable[Running]) -> None:
-        """Take in that sequences are being computed."""
+        """Note that sequences are being computed."""
         self._shares.entered(number for each in sequences if (number := self._number_of.get(id(each))) is not None)
 
     def left(self, sequence: Running) -> None:

@@ -1,4 +1,4 @@
-"""Jobs that have no answer yet, and which of them a device has (pure)."""
+"""The jobs that have no answer yet, and which device has which of them (pure)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.workers.handing_out.sharing_out import Room, SharingOut
 from engine.workers.handing_out.suspects import STRIKES, Suspects
 
 Asked = dict[int, list[tuple[int, Job]]]
-"""Jobs with their numbers, by the number of their call."""
+"""(number, job) pairs, by the number of their call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,17 @@ class _Waiting:
 
 
 class Ledger:
-    """Keeps every job until it is answered, by a number of its own; what a process dies with is asked again.
+    """Keeps every job, under a number of its own, until it is answered; jobs of a process that died are sent again.
 
-    Of several devices each gets a part of the jobs (see `SharingOut`); one gets all of them, as they come.
+    Several devices each get a part of the jobs (see `SharingOut`); a single device gets all of them in order.
     """
 
     def __init__(
         self, num_places: int = 1, *, share_prefix: bool = True, in_step: bool = False, strikes: int = STRIKES
     ) -> None:
-        """`num_places`: devices; 0 where they come and go. `in_step`: their processes live and die together.
+        """`num_places`: number of devices; 0 if devices join and leave. `in_step`: their processes end together.
 
-        `strikes`: deaths that a job took part in until it is suspected of them.
+        `strikes`: process deaths that a job takes part in before it is suspected of causing them.
         """
         self._alive = set(range(num_places))
         self._is_shared = num_places != 1
@@ -42,19 +42,19 @@ class Ledger:
         self._asked: dict[int, _Waiting] = {}
         self._shares = SharingOut(num_places, share_prefix=share_prefix)
         self._entered: set[int] = set()
-        """Those that have been begun to compute."""
+        """Jobs that a device has begun to compute."""
         self._suspects = Suspects(strikes)
         self._apart: int | None = None
-        """The device that computes suspects by themselves."""
+        """The device that is computing the suspects of a trial and nothing else."""
         self._numbers, self._call_numbers = itertools.count(), itertools.count()
 
     @property
     def is_empty(self) -> bool:
-        """Whether everything is answered."""
+        """Whether every job is answered."""
         return not self._asked
 
     def add(self, call: Call, jobs: Mapping[int, Job]) -> None:
-        """Take in a call's jobs, by their positions there."""
+        """Add the jobs of a call, by their positions in the call."""
         call_number = next(self._call_numbers)
         new: dict[int, Job] = {}
         for index, job in jobs.items():
@@ -64,15 +64,15 @@ class Ledger:
         self._shares.add(new)
 
     def drop(self, call: Call) -> int | None:
-        """Forget what of a call is not answered; the number that processes know it by, if anything was left."""
-        if not call.left:  # as of each that has ended: all that others wait for would be looked through
+        """Forget a call's unanswered jobs; returns the call's number in messages if there were any."""
+        if not call.left:  # true of every call that ended normally: saves a search through all jobs
             return None
         gone = {number: asked.call_number for number, asked in self._asked.items() if asked.call is call}
         self._forget(gone)
         return next(iter(gone.values()), None)
 
     def to_send(self, rooms: Mapping[int, Room]) -> dict[int, Asked]:
-        """What each of these devices may compute now; it has that from now on. Others have no process just now."""
+        """Return the jobs that each of these devices is to compute now; they count as held by it."""
         given = self._trial(rooms)
         if self._suspects.trial is None:
             self._apart = None
@@ -88,8 +88,8 @@ class Ledger:
         return {place: self._by_call(numbers) for place, numbers in given.items() if numbers}
 
     def entered(self, numbers: Iterable[int]) -> list[tuple[Call, list[int]]]:
-        """Take in that a process has begun to compute jobs; returns them by call and position."""
-        known = [number for number in numbers if self._shares.is_held(number)]  # else its process has ended meanwhile
+        """Note that a process has begun to compute jobs; returns them by call and position."""
+        known = [number for number in numbers if self._shares.is_held(number)]  # else its process has ended
         self._entered.update(known)
         self._shares.entered(known)
         begun: dict[int, tuple[Call, list[int]]] = {}
@@ -99,7 +99,7 @@ class Ledger:
         return list(begun.values())
 
     def answered(self, done: Iterable[tuple[int, Completion]]) -> list[tuple[Call, Finished]]:
-        """Take in answers; returns them by call and position, without those that nobody waits for any more."""
+        """Record answers; returns them by call and position, without the answers to calls that were dropped."""
         finished: dict[int, tuple[Call, Finished]] = {}
         gone = []
         for number, completion in done:
@@ -113,9 +113,9 @@ class Ledger:
         return list(finished.values())
 
     def died(self, places: Collection[int], *, is_job_at_fault: bool) -> list[int]:
-        """Take in that devices' processes have ended, the first one's by itself, and may have been ended by a job.
+        """Record that the processes of devices have ended; the first ended by itself, and a job may have caused it.
 
-        Returns the jobs that are to fail.
+        Returns the numbers of jobs that are to fail.
         """
         had = [number for place in places for number in self._shares.held(place)]
         failed = []
@@ -126,40 +126,40 @@ class Ledger:
         self._shares.remove(had)
         for place in places:
             self._shares.give_up(place)
-        if self._apart in places:  # else a trial goes on there
+        if self._apart in places:  # else the trial continues
             self._apart = None
         suspects = self._suspects.jobs
         self._shares.add({number: self._asked[number].job for number in had if number not in suspects})
         return failed
 
     def join(self, place: int) -> None:
-        """Take in that there is another device; its number must be new."""
+        """Add a device; its number must be new."""
         self._alive.add(place)
         self._shares.join(place)
 
     def give_up(self, place: int) -> None:
-        """Take in that a device, whose process has ended, gets no other one."""
+        """Remove a device whose process has ended and is not replaced."""
         self._alive.discard(place)
         self._shares.leave(place)
 
     def is_on_trial(self, place: int) -> bool:
-        """Whether what a device computes are suspects, or it may have been: its death tells nothing of the device."""
+        """Whether a device computes, or may compute, suspects: then its death says nothing about the device."""
         return self._suspects.trial is not None and (place == self._apart or not self._is_shared)
 
     def clear(self) -> list[Call]:
-        """Forget everything; returns the calls that had something left."""
+        """Forget all jobs; returns the calls that had unanswered ones."""
         calls = {id(asked.call): asked.call for asked in self._asked.values()}
         self._forget(list(self._asked))
         return list(calls.values())
 
     def _trial(self, rooms: Mapping[int, Room]) -> dict[int, list[int]]:
-        """The suspects that are to be computed now, by the device that has nothing else meanwhile."""
+        """Return the suspects to compute now, on a device that holds no other jobs."""
         trial = self._suspects.trial
         if trial is None:
             return {}
         busy = [place for place in self._alive if self._shares.held(place)]
         if self._apart is None or self._apart not in busy:
-            others = self._alive - {trial.died_at} or self._alive  # another device, if only one of them is at fault
+            others = self._alive - {trial.died_at} or self._alive  # on another device, to see which is at fault
             able = others & rooms.keys() if self._is_shared and not self._in_step else rooms.keys()
             self._apart = min(able, key=lambda place: (self._shares.tokens(place), place), default=None)
         if self._apart is None or (busy if self._in_step else self._apart in busy):

@@ -1,4 +1,4 @@
-"""Which device computes which jobs: handed out group by group, as devices need work (pure)."""
+"""Decides which device computes which jobs; hands out group after group as devices need work (pure)."""
 
 from __future__ import annotations
 
@@ -13,96 +13,96 @@ from engine.workers.handing_out.groups import Group, Load, groups_of
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """How much may wait at a device for its next sweeps."""
+    """How much work may wait at a device for its next sweeps."""
 
     rows: int
-    """Tokens of prompts."""
+    """Most prompt tokens that may wait."""
     jobs: int
 
 
 @dataclass(kw_only=True)
 class _Held:
-    """What a device has."""
+    """The jobs that one device has."""
 
     loads: dict[int, Load] = field(default_factory=dict)
     waiting: set[int] = field(default_factory=set)
-    """Those that it has not begun to compute."""
+    """Jobs that the device has not begun to compute."""
     rows: int = 0
-    """Of those that wait."""
+    """Prompt tokens of the waiting jobs."""
     tokens: int = 0
-    """Of all, and of what they begin with."""
+    """Tokens to compute for all its jobs, shared prefixes included."""
     families: Counter[int] = field(default_factory=Counter)
-    """Of the groups that they are of, with the number of jobs of each."""
+    """The number of its jobs in each family of groups."""
 
 
 class SharingOut:
-    """Jobs that no device has, and what each device has of them.
+    """The jobs that no device has yet, and those that each device has.
 
-    A group goes to the device that has least to compute. A device gets no more of it than it needs for its next sweeps;
-    the rest stays here, its own, until another device has nothing left: that one takes half of the largest rest. A
-    group that is larger than a fair share of all that is left is cut, and one that is larger than a fair share of what
-    no device has is divided when it is handed out.
+    A group goes to the device with the least work left. The device gets only as much of it as it needs for its next
+    sweeps; the rest stays here, reserved for that device, until another device runs out of work and takes half of the
+    largest rest. A group larger than a fair share of all remaining work is cut; a group larger than a fair share of the
+    work that no device has is divided when it is handed out.
 
-    Made for a thousand devices and millions of jobs: what it does takes time by the jobs that it is about, not by all
-    that wait, but for a look at each device where new jobs come and where one has run dry.
+    Built for a thousand devices and millions of jobs: each operation takes time proportional to the jobs it concerns,
+    not to all that wait, except for one look at each device when new jobs arrive or a device runs out of work.
     """
 
     def __init__(self, num_places: int, *, share_prefix: bool = True) -> None:
-        """`num_places`: devices, by number, at first. `share_prefix`: whether devices compute a shared prefix once."""
+        """Start with devices 0 to `num_places` - 1. `share_prefix`: whether devices compute a shared prefix once."""
         self._share_prefix = share_prefix
         self._held = {place: _Held() for place in range(num_places)}
         self._place_of: dict[int, int] = {}
         self._unsent: dict[int, Job] = {}
         self._ungrouped: dict[int, Job] = {}
-        """Of those, the ones that have come since groups were made."""
+        """Unsent jobs that were added since groups were last made."""
         self._loads: dict[int, Load] = {}
-        """Of jobs among the unsent that are in groups."""
+        """Loads of the unsent jobs that are in groups."""
         self._tokens = 0
-        """Of those."""
+        """Tokens to compute for all `_loads`."""
         self._groups: deque[Group] = deque()
-        """With loads of jobs that may be gone."""
+        """Groups that no device has a part of; they may contain loads of jobs that were removed."""
         self._gone: set[int] = set()
-        """Jobs that were forgotten while they were in groups, which may still have them."""
+        """Jobs that were removed while in groups; a group may still contain them."""
         self._newest = -1
-        """The highest number of a job that has been in a group."""
+        """The highest job number that has been in a group."""
         self._family_of: dict[int, int] = {}
-        """Of jobs that devices have, and of those in groups."""
+        """The family of each job that a device has or that is in a group."""
         self._begun: dict[int, Group] = {}
-        """The rest of a group that a device has a part of."""
+        """For each device, the rest of the group that it has a part of."""
 
     def add(self, jobs: Mapping[int, Job]) -> None:
-        """Take in jobs, by number."""
+        """Add jobs, by number."""
         self._unsent.update(jobs)
         self._ungrouped.update(jobs)
 
     def join(self, place: int) -> None:
-        """Take in that there is another device."""
+        """Add a device."""
         self._held[place] = _Held()
 
     def leave(self, place: int) -> None:
-        """Take in that a device, which has nothing any more, gets nothing more."""
+        """Remove a device, which must hold no jobs."""
         self.give_up(place)
         del self._held[place]
 
     @property
     def unsent(self) -> list[int]:
-        """Every job that no device has, in the order of their numbers."""
+        """The numbers of the jobs that no device has, sorted."""
         return sorted(self._unsent)
 
     def held(self, place: int) -> Collection[int]:
-        """The jobs that a device has."""
+        """The numbers of the jobs that a device has."""
         return self._held[place].loads.keys()
 
     def is_held(self, number: int) -> bool:
-        """Whether a device has a job."""
+        """Whether a device has the job."""
         return number in self._place_of
 
     def tokens(self, place: int) -> int:
-        """Computed tokens of the jobs that a device has."""
+        """Tokens to compute for the jobs that a device has."""
         return self._held[place].tokens
 
     def hand_over(self, place: int, numbers: Iterable[int]) -> None:
-        """Take in that a device has jobs now that need not have come from here."""
+        """Record that a device has these jobs now, whether or not they were unsent."""
         held = self._held[place]
         for number in numbers:
             load = self._take(number) or Load(number=number, rows=0, new=0)
@@ -114,13 +114,13 @@ class SharingOut:
             held.families[self._family_of.get(number, number)] += 1
 
     def entered(self, numbers: Iterable[int]) -> None:
-        """Take in that devices have begun to compute jobs."""
+        """Note that devices have begun to compute jobs."""
         for number in numbers:
             if number in self._place_of:
                 self._enter(self._held[self._place_of[number]], number)
 
     def remove(self, numbers: Iterable[int]) -> None:
-        """Forget jobs, wherever they are."""
+        """Forget jobs, whether or not a device has them."""
         for number in numbers:
             if self._take(number) is not None:
                 self._gone.add(number)
@@ -136,12 +136,12 @@ class SharingOut:
             self._family_of.pop(number, None)
 
     def give_up(self, place: int) -> None:
-        """Let others take the rest of the group that a device has a part of."""
+        """Make the rest of a device's group available to the other devices."""
         if (rest := self._begun.pop(place, None)) is not None:
             self._groups.appendleft(rest)
 
     def hand_out(self, rooms: Mapping[int, Room]) -> dict[int, list[int]]:
-        """What each of these devices is to get now, in the order to compute it in; it has that from now on."""
+        """Assign jobs to each of these devices, in the order to compute them; they count as held by it from now on."""
         self._make_groups()
         given: dict[int, list[int]] = {}
         hungry = [(self.tokens(place), place) for place in rooms]
@@ -153,7 +153,7 @@ class SharingOut:
                 continue
             part = self._next(place, rooms, may_take=may_take)
             if part is None:
-                may_take = may_take and bool(self._held[place].waiting)  # else it has found nothing that may be taken
+                may_take = may_take and bool(self._held[place].waiting)  # else there is nothing to take from others
                 continue
             numbers = [load.number for load in part.loads]
             again = part.inherited if part.family not in self._held[place].families else 0
@@ -167,7 +167,7 @@ class SharingOut:
         return given
 
     def _take(self, number: int) -> Load | None:
-        """Let a job be no longer among those that no device has."""
+        """Remove a job from the unsent ones."""
         self._unsent.pop(number, None)
         self._ungrouped.pop(number, None)
         load = self._loads.pop(number, None)
@@ -181,13 +181,13 @@ class SharingOut:
             held.rows -= held.loads[number].rows
 
     def _make_groups(self) -> None:
-        """Put what has come since the last time into groups."""
+        """Put the jobs that were added since the last call into groups."""
         jobs, self._ungrouped = self._ungrouped, {}
         if not jobs:
             return
         others = self._tokens + sum(held.tokens for held in self._held.values())
         groups = groups_of(jobs, len(self._held), others, share_prefix=self._share_prefix)
-        if min(jobs) <= self._newest:  # some device had them, and has ended
+        if min(jobs) <= self._newest:  # these jobs come back from a device whose process has ended
             self._groups.extendleft(reversed(groups))
         else:
             self._groups.extend(groups)
@@ -202,7 +202,7 @@ class SharingOut:
         return held.rows < room.rows and len(held.waiting) < room.jobs
 
     def _next(self, place: int, rooms: Mapping[int, Room], *, may_take: bool) -> Group | None:
-        """What a device gets next; None where nothing is left for it, that of others included where it `may_take`."""
+        """Return the next group for a device, or None; `may_take`: it may take work reserved for another device."""
         group = self._live(self._begun.pop(place, None))
         while group is None and self._groups:
             group = self._live(self._groups.popleft())
@@ -218,12 +218,12 @@ class SharingOut:
         return part
 
     def _fair_part(self, place: int, group: Group, rooms: Mapping[int, Room]) -> Group:
-        """What a device should get of a group; the others may take the rest at once."""
+        """Return the part of a group that is a fair share for the device; the rest becomes available to others."""
         if len(rooms) < 2 or group.tokens <= self._tokens / len(rooms):
             return group
         total = sum(self.tokens(other) for other in rooms) + self._tokens + group.shared
         own, rest = group.split(_within((load.tokens for load in group.loads), total / len(rooms) - self.tokens(place)))
-        if rest.tokens <= group.shared:  # it would cost another device more than it spares this one
+        if rest.tokens <= group.shared:  # the others would recompute more than this device saves
             return group
         self._groups.appendleft(rest)
         return own
@@ -242,7 +242,7 @@ class SharingOut:
         return taken
 
     def _live(self, group: Group | None) -> Group | None:
-        """A group without jobs that are gone; None where none is left."""
+        """Return the group without removed jobs; None if no job is left."""
         if group is None or not self._gone:
             return group
         gone = [load.number for load in group.loads if load.number not in self._loads]
@@ -254,7 +254,7 @@ class SharingOut:
 
 
 def _within(sizes: Iterable[int], most: float) -> int:
-    """How many of `sizes`, from the first one on, come to at most `most`; at least one."""
+    """Return how many of the first `sizes` have a sum of at most `most`; at least 1."""
     total = count = 0
     for size in sizes:
         total += size

@@ -7,49 +7,50 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 STRIKES = 2
-"""Deaths of processes that a job took part in, wherever, until it is suspected."""
+"""Process deaths that a job takes part in, on any device, before it is suspected of causing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """Jobs that are computed without anybody else."""
+    """Jobs that are computed apart from all others, to see whether one of them ends its process."""
 
     jobs: tuple[int, ...]
     died_at: int
-    """The device whose process they ended at last: another one shows whether it was the device's own fault."""
+    """The device whose process they ended last: running them on another shows whether the device was at fault."""
 
 
 class Suspects:
-    """Jobs that were computed when their process died, and which of them may be computed now.
+    """The jobs that were being computed when their process died, and which jobs may be computed now.
 
-    All may, until some have seen several deaths. Those are then computed apart from all others: halves of them, halves
-    of the half that dies, at last one alone. One that ends its process alone, too, is to fail.
+    All jobs may be computed until some have taken part in `strikes` deaths. Those are then bisected apart from all
+    others: in halves, then in halves of the half whose process dies, until one is computed alone. A job that ends its
+    process alone is to fail.
     """
 
     def __init__(self, strikes: int = STRIKES) -> None:
-        """`strikes`: deaths that a job took part in until it is suspected."""
+        """Start without suspects. `strikes`: deaths that a job takes part in before it is suspected."""
         self._strikes = strikes
         self._deaths: Counter[int] = Counter()
         self._trials: list[Trial] = []
-        """To be held one after the other."""
+        """The trials to run, one after the other."""
 
     @property
     def trial(self) -> Trial | None:
-        """The jobs that may only be computed by themselves, now; None: there are none."""
+        """The trial to run now, whose jobs must be computed apart from all others; None if there is no trial."""
         return self._trials[0] if self._trials else None
 
     @property
     def group(self) -> frozenset[int] | None:
-        """Those of the trial of now; None: all jobs may be computed."""
+        """The jobs of the trial to run now; None if all jobs may be computed."""
         return frozenset(self._trials[0].jobs) if self._trials else None
 
     @property
     def jobs(self) -> set[int]:
-        """Of all trials that are to come."""
+        """The jobs of all trials."""
         return {number for trial in self._trials for number in trial.jobs}
 
     def died(self, at_work: Collection[int], place: int = 0) -> list[int]:
-        """Take in that a device's process died while it computed these; returns the jobs that are to fail."""
+        """Record that the process of device `place` died while computing `at_work`; returns the jobs to fail."""
         if self._trials and at_work and set(at_work) <= set(self._trials[0].jobs):
             jobs = self._trials[0].jobs
             if len(jobs) == 1:
@@ -63,7 +64,7 @@ class Suspects:
         return []
 
     def ended(self, numbers: Iterable[int]) -> None:
-        """Take in that jobs were answered, have failed or were dropped."""
+        """Note that jobs were answered, have failed or were dropped."""
         gone = set(numbers)
         for number in gone:
             del self._deaths[number]

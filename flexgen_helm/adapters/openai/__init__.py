@@ -1,4 +1,4 @@
-"""OpenAI's API: bodies of requests read, answered by jobs of the engine, and written as OpenAI writes them.
+"""OpenAI's API: parses request bodies, answers them by jobs of the engine, and makes OpenAI's response bodies.
 
-Imports no HELM.
+It imports no HELM.
 """

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's completions and chat completions: every field is carried out, or refused by its name."""
+"""Request bodies of OpenAI's completions and chat completions: every field is obeyed, or refused by its name."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CHAT: Endpoint = "/v1/chat/completions"
 ENDPOINTS: tuple[Endpoint, ...] = (COMPLETIONS, CHAT)
 
 Prompt = str | tuple[int, ...]
-"""Text, or token ids, special ones included."""
+"""Text, or token ids, which include special ones."""
 
 
 class RefusedBody(ConfigError):
-    """A body that is not carried out; `param` is the field to blame, `status` what HTTP says of it."""
+    """Raised for a body that is refused; `param` is the field at fault, `status` the HTTP status."""
 
     def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -95,13 +95,13 @@ def read_body(body: Any, endpoint: Endpoint) -> Asked:
 
 
 class _Fields:
-    """Reads fields that are given, each by the function for its kind."""
+    """Reads the fields of a body, each by the function for its kind."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self._given = given
 
     def __call__(self, name: str, read: Callable[[Any], Any], default: Any = ...) -> Any:
-        """The field's value; `default` where it is left out or null, which `...` refuses."""
+        """Return the field's value, or `default` if it is missing or null; a default `...` makes the field required."""
         if name not in self._given:
             if default is ...:
                 raise RefusedBody(f"field {name!r} is missing", name)
@@ -119,7 +119,7 @@ def _max_tokens(read: _Fields, given: Mapping[str, Any], endpoint: Endpoint) -> 
         raise RefusedBody("give either 'max_completion_tokens' or 'max_tokens'", "max_tokens")
     found = read("max_completion_tokens", _whole, read("max_tokens", _whole, None))
     if found == 0:
-        raise RefusedBody("max_tokens 0 of a chat asks for nothing; it is a number from 1", "max_tokens")
+        raise RefusedBody("max_tokens 0 of a chat requests nothing; it must be at least 1", "max_tokens")
     return None if found is None else int(found)
 
 
@@ -135,7 +135,7 @@ def _sampling(read: _Fields) -> Sampling:
 
 
 def _check(asked: Asked, given: Mapping[str, Any]) -> None:
-    """Raise for fields that do not go together, and for values that no job may have."""
+    """Raise for fields that contradict each other, and for values that the engine refuses."""
     try:
         check_num_completions(asked.num_choices)
         asked.sampling.check()
@@ -150,7 +150,7 @@ def _check(asked: Asked, given: Mapping[str, Any]) -> None:
     if "top_logprobs" in given and not asked.logprobs:
         raise RefusedBody("'top_logprobs' needs logprobs: true", "top_logprobs")
     if asked.max_tokens == 0 and not asked.echo:
-        raise RefusedBody("max_tokens 0 without echo asks for nothing", "max_tokens")
+        raise RefusedBody("max_tokens 0 without echo requests nothing", "max_tokens")
     if "best_of" in given and given["best_of"] != asked.num_choices:
         raise RefusedBody(f"field 'best_of': {shown(given['best_of'])} is not n, {asked.num_choices}", "best_of")
     if "stream_options" in given and not asked.stream:
@@ -176,7 +176,7 @@ def _whole(value: Any) -> int:
 
 
 def _top_k(value: Any) -> int | None:
-    return None if value == -1 else _whole(value) or None  # -1 and 0 both stand for all tokens elsewhere
+    return None if value == -1 else _whole(value) or None  # other servers mean all tokens by -1 and by 0
 
 
 def _number(value: Any) -> float:
@@ -243,7 +243,7 @@ def _message(value: Any) -> Mapping[str, str]:
 
 
 def _content(value: Any) -> str:
-    """The text of a message: a text, or a list of one part of text."""
+    """Return the text of a message: a string, or a list with one text part."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
         part: Mapping[str, Any] = value[0]
         if part.get("type") == "text" and not part.keys() - {"type", "text"}:
@@ -257,7 +257,7 @@ def _content(value: Any) -> str:
 
 
 _NEAR = 0.82
-"""How similar a misspelt field must be to a known one; `min_tokens` is not `max_tokens`."""
+"""How similar a misspelt field must be to a known one: `min_tokens` must not match `max_tokens`."""
 _COMMON = (
     *("model", "n", "max_tokens", "stop", "logprobs", "stream", "stream_options"),
     *("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty"),
@@ -285,4 +285,4 @@ _UNCHANGED: Mapping[str, Any] = {
     "store": (False,),
     "modalities": (["text"],),
 }
-"""Fields that are known, with those of their values that ask for nothing."""
+"""Known fields that are not supported, with the values that have no effect."""

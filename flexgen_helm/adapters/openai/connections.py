@@ -1,4 +1,4 @@
-"""Connections of the OpenAI-compatible endpoint: one that does not come to the point is closed."""
+"""HTTP connections of the OpenAI-compatible endpoint; one whose headers do not arrive in time is closed."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADERS_S = 30.0
-"""From a connection's beginning, or a further request's, until all headers are there; uvicorn itself waits for ever."""
+"""Seconds from the beginning of a connection, or of its next request, until all headers are there; uvicorn has no
+limit.
+"""
 
 
 class Connection(H11Protocol):
-    """Reads requests strictly, as h11 does, whichever other parsers are installed."""
+    """Parses requests by h11, which is strict, whichever other parsers are installed."""
 
     _late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a request."""
+        """Begin to wait for a request."""
         super().connection_made(transport)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no longer."""
+        """Stop waiting."""
         super().connection_lost(exc)
         self._stop()
 
     def data_received(self, data: bytes) -> None:
-        """Wait on, until headers are whole."""
+        """Parse data; the wait ends when the headers are complete."""
         super().data_received(data)
         self._watch()
 

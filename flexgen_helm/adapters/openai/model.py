@@ -20,7 +20,7 @@ from flexgen_helm.helm.requests.tokenizer import Spelling
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What bodies may ask: of which names, through which tokenizer and template."""
+    """The names, tokenizer, template and vocabulary by which bodies are answered."""
 
     names: tuple[str, ...]
     """The names by which a body may call it; the first one is used in responses without a name."""
@@ -45,7 +45,7 @@ class Model:
                 probe = prompts.chat_text([{"role": "user", "content": "a"}])
             except EngineError:
                 raise
-            except Exception:  # templates raise what they like
+            except Exception:  # templates can raise any exception
                 probe = ""
             template = str(tokenizer.get_chat_template())
             reasoner = Reasoner.of(
@@ -99,13 +99,13 @@ class Model:
             text = "" if self.reasoner.style is None else self.prompts.chat_text(asked.messages, **variables)
         except EngineError as error:
             raise RefusedBody(str(error), "messages") from None
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates can raise any exception
             reason = " ".join(str(error).split())[:200]
             raise RefusedBody(f"the chat template refuses the messages: {reason}", "messages") from None
         most = asked.max_tokens
         if most is None:
             if self.prompts.window is None:
-                raise RefusedBody("the model sets no limit of its own; give max_completion_tokens", "max_tokens")
+                raise RefusedBody("the model sets no limit; give max_completion_tokens", "max_tokens")
             most = max(1, self.prompts.window - len(ids))
         rule = self.reasoner.rule(text)
         return Job(
@@ -127,7 +127,7 @@ class Model:
         return variables
 
     def body(self, asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion], name: str) -> dict[str, Any]:
-        """The body that answers, once all `completions` of `jobs` are there; `name` makes its id.
+        """Make the response body from all `completions` of `jobs`; `name` is the base of its id.
 
         Raises the error of a completion that failed.
         """
@@ -147,7 +147,7 @@ class Model:
         }
 
     def chat_choice(self, asked: Asked, job: Job, done: Completion, index: int) -> dict[str, Any]:
-        """A choice of a chat: what was thought stands apart from the answer."""
+        """Make a choice of a chat response, with the reasoning content apart from the answer."""
         reading = job.thinking.read(done.text) if job.thinking is not None else None
         message = {"role": "assistant", "content": done.text, "refusal": None}
         if reading is not None and reading.thinking is not None:
@@ -164,7 +164,7 @@ class Model:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _reason(done)}
 
     def text_choice(self, asked: Asked, job: Job, done: Completion, index: int) -> dict[str, Any]:
-        """A choice of a completion, after its prompt with `echo`."""
+        """Make a choice of a completion response; `echo` puts the prompt before it."""
         before: list[int] = list(job.prompt) if asked.echo else []
         prompt = asked.prompts[index // asked.num_choices]
         given = prompt if isinstance(prompt, str) else str(self.prompts.tokenizer.decode(list(prompt)))
@@ -176,7 +176,7 @@ class Model:
             scores = [*((done.prompt_logprobs or ()) if asked.echo else ()), *done.logprobs]
             likeliest = [*((done.prompt_likeliest or ()) if asked.echo else ()), *(done.likeliest or ())]
             told = zip(texts, scores, self._likeliest(ids, texts, likeliest), strict=True)
-            # The likeliest one wins where two tokens are spelled alike.
+            # If two tokens are spelled alike, the more likely one is kept.
             tops = [None if top is None else {token: score, top[0]: top[1]} for token, score, top in told]
             logprobs = {
                 "tokens": texts,
@@ -189,7 +189,7 @@ class Model:
     def _likeliest(
         self, ids: Sequence[int], texts: Sequence[str], likeliest: Sequence[Likeliest | None] | None
     ) -> list[tuple[str, float] | None]:
-        """Spelling and log-probability of the likeliest token in the place of each of `ids`; None where not known."""
+        """Return spelling and log-probability of the most likely token at each of `ids`; None where it is not known."""
         told: list[tuple[str, float] | None] = []
         for at, top in enumerate(likeliest or [None] * len(ids)):
             if top is None:
@@ -202,15 +202,15 @@ class Model:
 
 
 _ANY_VOCABULARY = 1 << 62
-"""The engine knows how many ids there are, and refuses others by itself."""
+"""a limit that no id exceeds: the engine, which knows the vocabulary, refuses ids outside it"""
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
-"""Names that templates are given in any case."""
+"""Names that templates always receive."""
 _BYTES = "bytes:"
-"""How a token that is a part of a character is spelled."""
+"""The prefix of the spelling of a token that is only a part of a character."""
 
 
 def names_of(model: str, served: str | None) -> tuple[str, ...]:
-    """What bodies may call a model: by what it is served as, else as the command line does, or as its directory."""
+    """Return the names by which bodies may call a model: `served`, else its command-line and directory names."""
     if served:
         return (served,)
     directory = Path(model)
@@ -225,7 +225,7 @@ def usage(asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion]) 
 
 
 def error_body(error: EngineError) -> tuple[int, dict[str, Any]]:
-    """HTTP's status for an error, and OpenAI's error object of it."""
+    """Return the HTTP status and OpenAI's error object for an error."""
     is_theirs = isinstance(error, ConfigError | JobError)
     status, param = (error.status, error.param) if isinstance(error, RefusedBody) else (400 if is_theirs else 500, None)
     kind = _KINDS.get(status, "invalid_request_error" if is_theirs else "server_error")
@@ -250,7 +250,7 @@ def _chat_logprob(token: str, logprob: float) -> dict[str, Any]:
 
 
 def _bytes(token: str) -> bytes:
-    r"""The bytes of a token as `Spelling` has it, "bytes:\xf0" for part of a character."""
+    r"""Return the bytes of a token spelled by `Spelling`, which writes "bytes:\xf0" for a part of a character."""
     if not token.startswith(_BYTES):
         return token.encode()
     return bytes(int(each, 16) for each in token.removeprefix(_BYTES).split("\\x")[1:])

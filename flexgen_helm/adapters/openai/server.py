@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint over an engine: requests that come together share its sweeps."""
+"""An OpenAI-compatible HTTP endpoint over an engine: concurrent requests share its sweeps."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ except ImportError as error:
     raise InstallationError(f"starlette is missing ({error}); run `pip install 'flexgen-helm[serve]'`") from error
 
 _MOST_BYTES = 64_000_000
-"""The most bytes of a body."""
+"""Largest size of a request body, in bytes."""
 _BODY_S = 120
-"""A body that takes longer to come is no longer waited for."""
+"""Seconds within which a body must arrive."""
 _ALIVE_S = 15.0
-"""A stream sends something this often, so that proxies do not close it."""
+"""Seconds between the comments of a stream, which keep proxies from closing it."""
 _GONE = 499
-"""The status that servers log when the client has closed the connection; it is not sent."""
+"""The status to log for a request whose client has closed the connection; it is not sent."""
 _HEADERS = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 429: {"Retry-After": "5"}}
-"""The headers of refusals, by status; where a body is not read to its end, the connection must close, since the next
-request could not be separated from it."""
+"""The headers of refusals, by status. If a body was not read to its end, the connection must close, because the next
+request could not be separated from it.
+"""
 _T = TypeVar("_T")
 
 
 class Server:
-    """Answers HTTP requests by jobs of an engine, at most so many at a time."""
+    """Answers HTTP requests by jobs of an engine, with a limit on concurrent choices."""
 
     def __init__(self, model: Model, engine: Front, *, most_choices: int, api_key: str | None = None) -> None:
-        """most_choices: the limit over all requests that wait or are computed; further ones are refused (429).
+        """most_choices: the limit on choices of all requests in progress; further requests are refused with status 429.
 
         api_key: the bearer token that requests must have; None accepts all.
         """
@@ -57,7 +58,7 @@ class Server:
         self._tokenizer = asyncio.Lock()
 
     def app(self, hosts: Sequence[str]) -> Starlette:
-        """The application; `hosts` are the names by which it may be called, `*` any."""
+        """Return the application; `hosts` are the host names by which it may be called, `*` any."""
         return Starlette(
             routes=[
                 Route("/health", self._health, methods=["GET"]),
@@ -66,7 +67,8 @@ class Server:
                 Route(COMPLETIONS, self._answering(COMPLETIONS), methods=["POST"]),
                 Route(CHAT, self._answering(CHAT), methods=["POST"]),
             ],
-            # Else a page of the web could have its own name lead here, and read answers in a visitor's browser.
+            # Otherwise a web page could let its own domain name resolve to this server, and read answers in a visitor's
+            # browser.
             middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
             exception_handlers={HTTPException: _http_error},
         )
@@ -74,8 +76,8 @@ class Server:
     async def _health(self, request: Request) -> Response:
         told = {"choices_in_progress": self._num_choices}
         try:
-            await self._completions([])  # which an engine that has ended refuses, too
-        except Exception:  # what ended it is told to those who ask it; this needs no token
+            await self._completions([])  # an engine that has failed raises even without jobs
+        except Exception:  # the error is reported to requests with a token; this endpoint needs none
             return JSONResponse({"status": "the engine has ended; start the server again", **told}, status_code=503)
         return JSONResponse({"status": "ok", **told})
 
@@ -100,7 +102,7 @@ class Server:
             with ExitStack() as entered:
                 try:
                     asked = await asyncio.to_thread(_read, await _content(request), endpoint)
-                    self._enter(asked.num_jobs)  # before there are jobs: a small body may ask for very many
+                    self._enter(asked.num_jobs)  # before jobs are made: a small body may ask for very many choices
                     entered.callback(self._leave, asked.num_jobs)
                     jobs = await self._locked(self._model.jobs, asked)
                     if asked.stream:
@@ -124,7 +126,7 @@ class Server:
         return refused
 
     def _enter(self, count: int) -> None:
-        """Count a request's choices in, or raise."""
+        """Count a request's choices, or raise if there are too many."""
         if count > self._most:
             raise RefusedBody(f"{count} choices are more than --max-choices {self._most}; ask in several requests", "n")
         if self._num_choices + count > self._most:
@@ -132,11 +134,11 @@ class Server:
         self._num_choices += count
 
     async def _locked(self, work: Callable[..., _T], *args: Any) -> _T:
-        """What tokenizes or decodes, in a thread: it may take long, and takes one caller at a time."""
+        """Run `work`, which tokenizes or decodes, in a thread: it may take long, and is not thread-safe."""
         await self._tokenizer.acquire()
         working = asyncio.ensure_future(asyncio.to_thread(work, *args))
         working.add_done_callback(lambda _: self._tokenizer.release())
-        return await asyncio.shield(working)  # a thread works on when whoever waits for it is cancelled
+        return await asyncio.shield(working)  # the thread goes on if its caller is cancelled
 
     async def _whole(self, request: Request, asked: Asked, jobs: Sequence[Job]) -> Response:
         computing = asyncio.ensure_future(self._completions(jobs))
@@ -148,7 +150,7 @@ class Server:
             return await self._locked(self._response, asked, jobs, computing.result())
         finally:
             for task in (computing, gone):
-                task.cancel()  # jobs of a client that has gone are dropped
+                task.cancel()  # cancels the jobs of a client that has disconnected
 
     def _response(self, asked: Asked, jobs: Sequence[Job], completions: Sequence[Completion]) -> Response:
         return JSONResponse(self._model.body(asked, jobs, completions, uuid.uuid4().hex))
@@ -162,7 +164,7 @@ class Server:
         return [found[index] for index in range(len(jobs))]
 
     async def _stream(self, asked: Asked, jobs: Sequence[Job]) -> AsyncIterator[bytes]:
-        """The events of a stream: a choice is sent when it is complete; comments are sent until then."""
+        """Yield the events of a stream: each choice when it is complete, and comments in the meantime."""
         chunks = Chunks(self._model, asked, jobs, uuid.uuid4().hex)
         coming: asyncio.Queue[tuple[int, Completion] | BaseException | None] = asyncio.Queue()
         computing = asyncio.ensure_future(self._pass_on(jobs, coming))
@@ -190,7 +192,7 @@ class Server:
             computing.cancel()
 
     async def _pass_on(self, jobs: Sequence[Job], coming: asyncio.Queue[Any]) -> None:
-        """Put (position, completion) of each job, then None; or what went wrong."""
+        """Put (index, completion) of each job into the queue, then None; or the exception that ended the call."""
         stream: Any = self._engine.astream(jobs)
         try:
             async with aclosing(stream):
@@ -205,7 +207,7 @@ class Server:
 
 
 class _Stream(StreamingResponse):
-    """Calls `leave` when it ends, however that comes about."""
+    """A streaming response that calls `leave` when it ends, in whatever way."""
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -219,9 +221,9 @@ class _Stream(StreamingResponse):
 
 
 async def _content(request: Request) -> bytes:
-    """The body that a request brings; raises `RefusedBody`."""
+    """Read the request's body; raises `RefusedBody`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # what pages of other sites may send unasked has other types
+    if kind != "application/json":  # pages of other sites can send only other types without a preflight request
         raise RefusedBody(f"content-type {kind!r} is not application/json", None, 415)
     content = bytearray()
     try:
@@ -246,7 +248,7 @@ def _read(content: bytes, endpoint: Endpoint) -> Asked:
 
 
 async def _gone(request: Request) -> None:
-    """Return when the client has closed its connection; call it once the body is read."""
+    """Return when the client has closed its connection; called after the body has been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

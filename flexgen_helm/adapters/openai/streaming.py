@@ -1,4 +1,4 @@
-"""The chunks in which an answer of OpenAI's API comes as a stream of events."""
+"""The chunks of a streamed answer of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from flexgen_helm.adapters.openai.model import Model, usage
 
 
 class Chunks:
-    """Makes the chunks of one answer, each choice's text in one of them."""
+    """Makes the chunks of one answer, with the text of a choice in one chunk."""
 
     def __init__(self, model: Model, asked: Asked, jobs: Sequence[Job], name: str) -> None:
-        """`name` makes the id that all of them have."""
+        """`name` is the base of the id that all chunks have."""
         self._model, self._asked, self._jobs = model, asked, jobs
         self._is_chat = asked.endpoint == CHAT
         self._head: dict[str, Any] = {

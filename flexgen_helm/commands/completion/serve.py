@@ -46,17 +46,23 @@ def serve_parser() -> Parser:
     )
     model = parser.group("model")
     model.add_argument("--model", required=True, help="hub id, directory or GGUF file of the model")
-    model.add_argument("--served-model-name", metavar="NAME", help="what requests call the model (--model)")
+    model.add_argument("--served-model-name", metavar="NAME", help="name of the model in requests (default: --model)")
     endpoint = parser.group("endpoint")
-    endpoint.add_argument("--host", default="127.0.0.1", help="the address to listen at (127.0.0.1)")
-    endpoint.add_argument("--port", type=int, default=8000, help="0 takes a free one, and says which (8000)")
+    endpoint.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    endpoint.add_argument(
+        "--port", type=int, default=8000, help="port to listen on; 0 uses a free one and prints it (default: 8000)"
+    )
     endpoint.add_argument(
         "--api-key",
         metavar="TOKEN",
-        help=f"what requests must bring; needed where others can reach the address (the environment's {_KEY})",
+        help=f"bearer token of requests, required for addresses other than loopback (default: ${_KEY})",
     )
     endpoint.add_argument(
-        "--max-choices", type=int, default=2000, metavar="N", help="in progress; beyond, requests get status 429 (2000)"
+        "--max-choices",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="most choices in progress; further requests get status 429 (default: 2000)",
     )
     add_policy_flags(parser.group("policy", POLICY))
     parser.group("output").add_argument("--debug", action="store_true", help="show tracebacks")

@@ -1,1 +1,1 @@
-"""Commands of the first minutes: the demo, and completion in a shell."""
+"""Commands for new users: a demo without downloads from a hub, and shell completion."""

@@ -1,4 +1,4 @@
-"""`flexgen-helm completion SHELL`: prints a script by which a shell completes commands, flags and file names."""
+"""`flexgen-helm completion SHELL`: prints a shell script that completes commands, flags and file names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flexgen_helm.terminal.parser import Parser
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
 DESCRIPTION = """
-Print a script by which a shell completes the commands, flags, choices and file names of flexgen-helm. Write it where
-the shell looks for such scripts; a new shell has it then. Needs shtab: pip install 'flexgen-helm[completion]'.
+Print a script with which a shell completes the commands, flags, choices and file names of flexgen-helm. Write it to
+where the shell looks for such scripts, and start a new shell. Needs shtab: pip install 'flexgen-helm[completion]'.
 """
 EXAMPLES = (
     "flexgen-helm completion bash > ~/.local/share/bash-completion/completions/flexgen-helm",
@@ -21,7 +21,7 @@ EXAMPLES = (
 )
 _DIRECTORIES = ("A", "B", "DIR", "RUN_DIR", "SUITE", "offload_dir", "out", "output_path")
 _FILES = ("CONF", "FILE", "MODEL", "PATH", "POLICY", "PROFILE", "model", "path", "policy", "shape")
-"""Values that are directories, and that are or may be files or directories: their names in the help, or of the flag."""
+"""Metavars and names of arguments whose values are directories, and of those whose values are files or directories."""
 
 
 def completion_parser() -> Parser:
@@ -32,7 +32,7 @@ def completion_parser() -> Parser:
 
 
 def completion(arguments: Sequence[str], commands: Mapping[str, str]) -> int:
-    """Print the script; `commands`: what each command does, by its name. `InstallationError` without shtab."""
+    """Print the script; `commands`: each command's summary, by name. Raises `InstallationError` if shtab is missing."""
     args = completion_parser().parse_args(arguments)
     try:
         import shtab
@@ -49,7 +49,7 @@ def completion(arguments: Sequence[str], commands: Mapping[str, str]) -> int:
 
 
 def _whole_parser(commands: Mapping[str, str]) -> argparse.ArgumentParser:
-    """One parser of all commands, each with the flags of its own; none of its help is ever shown."""
+    """Build one parser with a subparser for each command and its flags; it is used for completion only."""
     parsers = _parsers()
     whole = argparse.ArgumentParser(prog="flexgen-helm")
     whole.add_argument("--version", action="store_true", help="show the version")
@@ -109,7 +109,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _named(action: argparse.Action) -> str | None:
-    """What an argument names: a directory, a file (or directory), or neither."""
+    """What an argument's value is: "directory", "file" (a file or directory), or None."""
     name = action.metavar or action.dest
     if name in _DIRECTORIES:
         return "directory"

@@ -1,4 +1,4 @@
-"""When a suite began: the date that chat templates write, the same in every command that goes on with the suite."""
+"""The time when a suite began, as chat templates see it: the same in every command that continues the suite."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Beginning:
             ) from None
 
     def keep(self) -> None:
-        """Record the moment atomically, unless it is recorded. Call it when something depends on it."""
+        """Record the moment atomically, unless it is recorded. Call it when something depends on the moment."""
         if self._file.exists():
             return
         scratch = self._file.with_name(f".{FILE_NAME}.{os.getpid()}")

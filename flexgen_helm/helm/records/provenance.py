@@ -26,7 +26,7 @@ from flexgen_helm.planning.stored import SINCE, read_versioned
 FILE_NAME = "flexgen_run.json"
 VERSION = 1
 SEALED = ("run_spec.json", "scenario_state.json", "stats.json")
-"""Files of a run that its record belongs to, and to no others of these names."""
+"""The files of a run that its record is valid for."""
 _CURE = "run it again with `flexgen-helm run` or `sweep`, which write its record"
 
 
@@ -40,20 +40,20 @@ class Provenance:
     written: str
     """ISO 8601, with the zone."""
     began: str
-    """The moment that chat templates took for now: ISO 8601, local time."""
+    """The time that chat templates saw: ISO 8601, local time."""
     versions: Mapping[str, str]
     commit: str | None
     hardware: Hardware
     policy: Mapping[str, Any]
     """The policy as given, without defaults: empty for `auto`."""
     identity: Mapping[str, Any]
-    """What of model and policy can change a result, as HELM's cache keys have it."""
+    """Everything of the model and policy that can change a result, as in HELM's cache keys."""
     chat_template: bool
     """Whether prompts that are answered, not only scored, went through the tokenizer's chat template."""
     seeds: str
     """How the seeds of sampled completions are derived from requests."""
     entries: Mapping[str, Any]
-    """HELM's "model", "tokenizer" and "deployment", as its YAML files have them."""
+    """HELM's "model", "tokenizer" and "deployment", as in its YAML files."""
     files: Mapping[str, str]
     """Hex digests (SHA-256) of the run's `SEALED` files."""
     judge: Mapping[str, Any] = field(default_factory=dict, metadata=SINCE)
@@ -81,15 +81,15 @@ def provenance_of(
 
 
 def write_provenance(folder: Path, found: Provenance) -> None:
-    """Write `flexgen_run.json` into `folder`, whole or not at all; raises `OSError`."""
+    """Write `flexgen_run.json` into `folder`, atomically; raises `OSError`."""
     replace_text(folder / FILE_NAME, json.dumps(asdict(found), indent=1, default=str) + "\n")
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """The record of the run in a directory.
+    """Read the record of the run in a directory.
 
-    Raises `ConfigError` where there is none, where it is another version's, and where the run's files are not those
-    that it was written with.
+    Raises `ConfigError` if there is none, if it is another version's, or if the run's files have changed since it was
+    written.
     """
     path = folder / FILE_NAME
     if not find_file(path, ConfigError):
@@ -114,7 +114,7 @@ def _entries(deployment: ModelDeployment) -> dict[str, Any]:
 
 
 def plain(entry: Any) -> dict[str, Any]:
-    """A dataclass of HELM's as its YAML has it, what is unset left out; dates as text."""
+    """A dataclass of HELM's as in its YAML, without unset fields, and with dates as text."""
     mapping = {} if entry is None else dataclasses.asdict(entry)
     mapping.pop("deployment_names", None)  # those of this process
     return {
@@ -125,7 +125,7 @@ def plain(entry: Any) -> dict[str, Any]:
 
 
 def _digest(file: Path) -> str:
-    """Raises `OSError`, which names the file, for what is no regular file and what cannot be read."""
+    """Compute a file's digest; raises `OSError`, which names the file, if it is no regular file or cannot be read."""
     digest = hashlib.sha256()
     with open_file(file, OSError) as stream:
         while piece := stream.read(1 << 20):

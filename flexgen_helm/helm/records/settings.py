@@ -18,14 +18,14 @@ from flexgen_helm.helm.dataclass_json import dumps
 from flexgen_helm.helm.records.provenance import FILE_NAME, plain, read_provenance
 
 _OF_RESULTS = ("dtype", "compress-weight", "compress-cache", "batch-invariant")
-"""Keys of a policy that change results; all others say where things are."""
+"""Keys of a policy that change results; all others only determine placement."""
 
 
 def other_settings(folder: Path, run_spec: RunSpec, judge: str | None = None) -> str:
-    """What of the run in `folder` was set otherwise than `run_spec` and its deployment ask now; empty for nothing.
+    """Return how the settings of the run in `folder` differ from those requested now; empty if they do not.
 
-    `judge` is the deployment that is to judge, if one is. Of a run without a record of ours, which plain `helm-run`
-    may have written, only its run spec is compared. Raises `ConfigError` for files that are not what they should be.
+    `judge` is the deployment that is to judge, if there is one. For a run without a record of ours, as plain `helm-run`
+    writes, only its run spec is compared. Raises `ConfigError` for invalid files.
     """
     earlier = read_json_object(folder / "run_spec.json", ConfigError)
     told = list(_differences(_flat(earlier), _flat(json.loads(dumps(run_spec)))))
@@ -36,14 +36,14 @@ def other_settings(folder: Path, run_spec: RunSpec, judge: str | None = None) ->
         if judge is not None and found.judge:
             asked, policy = plain(get_model_deployment(judge)), found.judge.get("policy")
             then, now = _policy(policy), _policy(_args(asked)["policy"])
-            if "entry" in found.judge:  # older records have its policy alone
+            if "entry" in found.judge:  # older records have only its policy
                 then, now = _deployment(found.judge["entry"], policy), _deployment(asked)
             told += (f"{each} of the judge" for each in _differences(then, now))
     return ", ".join(told)
 
 
 def _flat(run_spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A run spec as JSON, the fields of its adapter among its own."""
+    """A run spec as JSON, with the fields of its adapter among its own."""
     adapter = run_spec.get("adapter_spec")
     return {**run_spec, **(adapter if isinstance(adapter, Mapping) else {}), "adapter_spec": None}
 
@@ -66,7 +66,7 @@ def _args(entry: Any) -> dict[str, Any]:
 
 def _policy(policy: Any) -> dict[str, Any]:
     loaded = Policy.load("auto" if policy is None else policy)
-    found = replace(loaded, compress_weight=loaded.weight_bits).as_mapping()  # where they are rounded
+    found = replace(loaded, compress_weight=loaded.weight_bits).as_mapping()  # compared as rounded
     return {name: found.get(name) for name in _OF_RESULTS}
 
 

@@ -1,4 +1,4 @@
-"""HELM's requests on their way: rendered, tokenized, made into jobs of the engine, and the results made of answers.
+"""HELM's requests: rendered, tokenized, and translated to jobs of the engine, and results made from the answers.
 
-Imports the engine and HELM's request types, and no other folder of flexgen_helm.
+It imports the engine and HELM's request types, and no other folder of flexgen_helm.
 """

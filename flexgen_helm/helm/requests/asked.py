@@ -17,10 +17,10 @@ from flexgen_helm.helm.requests.translate import Key
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """A request that is not in the cache, and the places of all requests that are equal to it."""
+    """A request that is not in the cache, and the positions of all requests that equal it."""
 
     name: str
-    """A digest of `key`: equal requests have the same."""
+    """A digest of `key`: equal requests have the same digest."""
     request: Request
     key: Key
     """The key in the cache, without the identity of the model."""
@@ -36,7 +36,7 @@ class Work:
 
     @property
     def prompt_rows(self) -> int:
-        """Prompt tokens that the layers would see if nothing were shared: a last one that is only scored is not fed."""
+        """Prompt tokens that the layers compute if nothing is shared: a last token that is only scored is left out."""
         return sum(len(self.ids) - (job.max_new_tokens == 0) for job in self.jobs)
 
     @property
@@ -51,16 +51,16 @@ class Answer:
 
     work: Work
     outcome: Response | EngineError
-    """What the cache keeps, or why there is nothing."""
+    """The entry for the cache, or the error."""
     prompt_tokens: int
     prompt_rows: int
     new_tokens: int
     most_tokens: int
-    """Prompt tokens, and new ones as many as it was allowed."""
+    """Prompt tokens, and the most new tokens that were allowed."""
 
     @classmethod
     def of(cls, work: Work, outcome: Response | EngineError) -> Answer:
-        """What the engine made of `work`."""
+        """Make the answer to `work` from the engine's outcome."""
         return cls(
             work=work,
             outcome=outcome,
@@ -88,7 +88,7 @@ class Portion:
             (work, place) for work in works for place in range(len(work.jobs))
         ]
         self.jobs = [job for work in works for job in work.jobs]
-        """Until the engine has them."""
+        """The jobs, until the engine has them."""
 
     def take_jobs(self) -> list[Job]:
         """The jobs, once."""
@@ -111,7 +111,7 @@ class Portion:
 
 @dataclass(eq=False, kw_only=True)
 class Asked:
-    """Requests that were looked up, by their places."""
+    """Requests that were looked up, by their positions."""
 
     total: int = 0
     known: dict[int, Response] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class Asked:
 
 
 def raise_first(refused: Mapping[int, EngineError], total: int) -> None:
-    """Raise the first of these errors, with how many there are; the keys are places among `total` requests."""
+    """Raise the first of these errors, with their number; the keys are positions among `total` requests."""
     if refused:
         place = min(refused)
         first = refused[place]

@@ -10,14 +10,14 @@ from types import TracebackType
 from flexgen_helm.helm.requests.asked import Answer
 
 _CLOSING_S = 0.1
-"""How often an engine that must end is told to end, until it has."""
+"""Seconds between calls of `close` until an engine that must end has ended."""
 
 
 class Carrier:
-    """Runs `carry_out`, which keeps answers as it yields them, from when it is entered; iterate over what it yields.
+    """Runs `carry_out`, which stores answers as it yields them, in a thread; iterate over it for what that yields.
 
-    A context manager. When it is left before the end, as by an interrupt, `close` ends the engine after the pass at
-    hand, whose answers are kept, too.
+    A context manager. If it is left before the end, as by an interrupt, `close` ends the engine after the current
+    sweep, whose answers are stored too.
     """
 
     def __init__(self, carry_out: Callable[[], Iterable[list[Answer]]], close: Callable[[], None]) -> None:
@@ -36,7 +36,7 @@ class Carrier:
     ) -> None:
         while self._thread.is_alive():
             if not self._is_over:
-                self._close()  # again and again: an engine that is still loading can be closed when it is there
+                self._close()  # repeatedly, because an engine that is still loading can be closed only later
             self._thread.join(_CLOSING_S)
 
     def __iter__(self) -> Iterator[list[Answer]]:

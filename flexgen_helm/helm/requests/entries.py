@@ -36,13 +36,13 @@ class Entry:
     key: Key
     """The key in the cache, without the identity of the model."""
     name: str
-    """A digest of the key, which itself holds the prompt once more: equal requests have the same."""
+    """A digest of the key, which itself contains the prompt: equal requests have the same name."""
     jobs: Callable[[], Jobs]
-    """Raises `EngineError` where the request cannot be run."""
+    """Makes the jobs; raises `EngineError` if the request cannot be run."""
 
 
 Found = Entry | EngineError
-"""A request, or why it cannot be looked up."""
+"""A request, or the error that keeps it from being looked up."""
 
 
 def entries(translator: Translator, requests: Sequence[Request], ids_of: IdsOf | None = None) -> Iterator[Found]:
@@ -82,7 +82,7 @@ class _Making:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedEntries:
-    """The entries of a run, made to the end, for the way between two processes."""
+    """The entries of a run, with their jobs, in a form to send to another process."""
 
     requests: list[Request | EngineError]
     """Requests without texts, shared by equal ones; an error where a request cannot be looked up."""
@@ -98,7 +98,7 @@ class PackedEntries:
 
     @classmethod
     def made(cls, translator: Translator, requests: Sequence[Request], name: str, known: KnownTokens) -> PackedEntries:
-        """Make the entries of a run, all texts tokenized in one call; `name` is HELM's of the tokenizer."""
+        """Make the entries of a run, with all texts tokenized in one call; `name` is HELM's name of the tokenizer."""
 
         def ids_of(text: str) -> Sequence[int] | None:
             ids = known.ids(name, text)
@@ -121,7 +121,7 @@ class PackedEntries:
         )
 
     def unpack(self, share: Callable[[Sequence[int]], tuple[int, ...]]) -> Iterator[Found]:
-        """The entries in their order; `share` makes token ids of a list of them."""
+        """Yield the entries in order; `share` makes token ids of a list of them."""
         borders = [0, *self.ends.tolist()]
         packed = zip(self.keys, self.names, pairwise(borders), self.settings, strict=True)
         for request in self.requests:
@@ -157,7 +157,7 @@ class _Unpacking:
 
 @dataclass(eq=False)
 class _Packing:
-    """Equal parts of what is packed are one object, which is pickled once."""
+    """Makes equal parts of what is packed one object, which is pickled once."""
 
     requests: list[Request | EngineError] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
@@ -172,7 +172,7 @@ class _Packing:
             self.requests.append(entry)
             return
         asked = entry.request
-        told = asked.num_completions, asked.echo_prompt  # all that an answer depends on beside the jobs
+        told = asked.num_completions, asked.echo_prompt  # everything that an answer depends on besides the jobs
         if told not in self._told:
             self._told[told] = replace(asked, prompt="", messages=None)
         self.requests.append(self._told[told])

@@ -1,7 +1,7 @@
-"""HELM's tokenizers, which tokenize a text once, many texts at a time, and keep nothing in a file.
+"""HELM's tokenizers, changed to tokenize each text once, many texts at a time, and to store nothing in files.
 
-HELM's cache of tokens is left out: looking tokens up takes longer than making them. With no room on the disk, it also
-stands still for good: its writing thread dies, and all others wait for it.
+HELM's cache of tokens is not used: looking tokens up takes longer than computing them. It also hangs if the disk is
+full: its writing thread dies, and all others wait for it.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ class KnownTokens(AutoTokenizer):
         """The numbers of tokens of texts that another process has tokenized."""
 
     def encode(self, name: str, texts: Iterable[str]) -> None:
-        """Tokenize those of `texts` that are not known, in one call; what cannot be tokenized stays unknown.
+        """Tokenize those of `texts` that are not known, in one call; texts that cannot be tokenized remain unknown.
 
-        Nothing happens for a tokenizer that is not Hugging Face's.
+        Does nothing for a tokenizer that is not from Hugging Face.
         """
         try:
             tokenizer = self._get_tokenizer(name)
-        except Exception:  # there may be none: whoever needs one is told
+        except Exception:  # if there is no tokenizer, the code that needs it raises the error
             return
         left = [text for text in dict.fromkeys(texts) if (name, text) not in self._ids]
         if not left or type(tokenizer) is not HuggingFaceTokenizer:
             return
         with tokenizer.get_wrapped_tokenizer() as found:
-            if not found.is_fast:  # it would go from text to text anyway
+            if not found.is_fast:  # it would tokenize one text after the other anyway
                 return
             try:
                 with without_panics():
-                    found.encode("", add_special_tokens=False)  # which takes back what truncation has left behind
+                    found.encode("", add_special_tokens=False)  # resets truncation that an earlier call has enabled
                     encoded = found.backend_tokenizer.encode_batch_fast(left, add_special_tokens=False)
-            except Exception:  # a lone surrogate, for example: who asks for that text is told
+            except Exception:  # a lone surrogate, for example: the request with that text raises the error
                 return
         for text, each in zip(left, encoded, strict=True):
             self._ids[name, text] = np.array(each.ids, dtype=np.int32)
@@ -75,7 +75,7 @@ class KnownTokens(AutoTokenizer):
         return {text: len(ids) for text in texts if (ids := self._ids.get((name, text))) is not None}
 
     def count(self, name: str, counts: Mapping[str, int]) -> None:
-        """Take in how many tokens texts have."""
+        """Store the numbers of tokens of texts."""
         self._counts.update({(name, text): number for text, number in counts.items()})
 
     def forget(self) -> None:
@@ -106,7 +106,7 @@ class KnownTokens(AutoTokenizer):
         )
 
     def _number(self, request: TokenizationRequest) -> int | None:
-        """The number of tokens of a text, if nothing is cut off; None where HELM's tokenizer must be called."""
+        """Return the number of tokens of a text that is not truncated; None if HELM's tokenizer must be called."""
         key = (request.tokenizer, request.text)
         if not request.encode or type(self._get_tokenizer(request.tokenizer)) is not HuggingFaceTokenizer:
             return None
@@ -132,7 +132,7 @@ class KnownTokens(AutoTokenizer):
 
 
 class _Tokens(Sequence[TokenizationToken]):
-    """The tokens of a text, of which callers mostly need only the number."""
+    """The tokens of a text, made on demand, because callers mostly need only their number."""
 
     def __init__(self, number: int, make: Callable[[], list[TokenizationToken]]) -> None:
         self._number = number
@@ -161,7 +161,7 @@ class _Tokens(Sequence[TokenizationToken]):
 
 
 class _NoCache(Cache):
-    """Keeps nothing."""
+    """A cache that stores nothing."""
 
     def __init__(self) -> None:
         super().__init__(BlackHoleCacheConfig())

@@ -1,4 +1,4 @@
-"""Settings of sampling that a checkpoint's generation_config.json recommends, for deployments that ask for them."""
+"""Sampling settings that a checkpoint's generation_config.json recommends, for deployments that use them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from engine.job import Sampling
 WORDS = ("entry", "model")
 """The allowed values of a deployment's `sampling`: the run entry's settings, as in HELM, or the model's."""
 _WITHOUT_EFFECT = {"min_p": (0.0,), "typical_p": (1.0,), "epsilon_cutoff": (0.0,), "eta_cutoff": (0.0,), "top_h": ()}
-"""Settings that nothing here carries out, with the values that change nothing."""
+"""Unsupported settings, with the values that have no effect."""
 
 _DEFAULTS = {"temperature": 1.0, "top_k": 50, "top_p": 1.0}
-"""What `transformers` samples with where generation_config.json does not say."""
+"""The defaults of `transformers` for settings that generation_config.json leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSampling:
-    """What is sampled with in place of what requests ask; None as temperature leaves it to them."""
+    """The sampling settings that replace those of requests; a temperature of None leaves all to the requests."""
 
     top_k: int | None
-    """The deployment's top_k: requests have none."""
+    """The deployment's top_k; requests have none."""
     temperature: float | None = None
     top_p: float = 1.0
 
@@ -55,7 +55,7 @@ class ModelSampling:
         if odd:
             told = ", ".join(f"{name} {value}" for name, value in odd.items())
             raise UnsupportedError(
-                f"sampling: model, and the generation_config.json of {model} samples by {told}, which is not "
+                f"sampling: model, and the generation_config.json of {model} sets {told}, which is not "
                 "supported; leave sampling out"
             )
         given = {name: value for name in _DEFAULTS if (value := config.get(name)) is not None}
@@ -77,13 +77,13 @@ class ModelSampling:
         return cls(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p)
 
     def applied(self, request: Request) -> Request:
-        """The request as it is sampled; one that generates nothing stays as it is."""
+        """Apply the settings to a request; one that generates nothing is not changed."""
         if request.max_tokens == 0 or self.temperature is None:
             return request
         return replace(request, temperature=self.temperature, top_p=self.top_p)
 
     def note(self, model: str) -> str | None:
-        """What is sampled with, in one line; None where requests say."""
+        """Describe the settings in one line; None if the requests' own are used."""
         if self.temperature is None:
             return None
         top_k = "all tokens" if self.top_k is None else f"the {self.top_k} likeliest tokens"

@@ -1,4 +1,4 @@
-"""The text that a model sees of a request: its prompt as it is, or its messages through the chat template."""
+"""Renders the text that a model sees of a request: its prompt, or its messages through the chat template."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _DATED = """{%- macro strftime_now(format) -%}
 {{- dated.text | replace("\x00", "%") -}}
 {%- endmacro %}
 """
-"""Code before a template that writes the date of `moment_written` where the template would write today's:
-transformers gives templates the clock and no way to set it. The line end is the one that transformers removes after
-a block."""
+"""Code before a template that writes the date of `moment_written` instead of today's: transformers gives templates the
+clock and no way to set it. The line end is the one that transformers removes after a block.
+"""
 _DIRECTIVES = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIpMSfzZjUWcxXGuVFTDRehntkl" for flag in ("", "-")]
 
 
@@ -59,7 +59,7 @@ class Rendering:
         self.applies_template = bool(chat_template) if apply_chat_template is None else apply_chat_template
         """Whether prompts that are answered go through the chat template."""
         self.template = used if self.applies_template else ""
-        """The template that they go through; empty where there is none."""
+        """The chat template in use; empty if there is none."""
         self._variables = checked_variables(variables or {}, self.template, model)
         if self.applies_template:
             with tokenizer as hf_tokenizer:
@@ -67,11 +67,11 @@ class Rendering:
         self._digest = sha256_of(chat_template)
         self._dated = _DATED + used if "strftime_now" in used and self.applies_template else None
         self.moment = datetime.now()
-        """What a template takes for now: fixed, lest a suite has two dates."""
+        """The time that a template sees; it is fixed, so that a suite has only one date."""
 
     @property
     def writes_date(self) -> bool:
-        """Whether the chat template asks for the date."""
+        """Whether the chat template writes the date."""
         return self._dated is not None
 
     @property
@@ -119,7 +119,7 @@ class Rendering:
             ) from None
 
     def probe(self) -> str:
-        """What a prompt of one letter becomes; the letter itself where the template refuses it."""
+        """Render a prompt of one letter; the letter itself if the template refuses it."""
         try:
             return self.text(Request(prompt="a"))
         except UnsupportedError:
@@ -142,7 +142,7 @@ class Rendering:
 
 
 def checked_variables(variables: Mapping[str, Any], template: str, model: str) -> dict[str, Any]:
-    """The `chat_template_kwargs` of a deployment; `ConfigError` for those that its template does not look at."""
+    """Return the `chat_template_kwargs` of a deployment; `ConfigError` for those that its template does not use."""
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
         raise ConfigError(f"chat_template_kwargs {variables!r} of {model} are no names with values")
     if variables and not template:
@@ -157,7 +157,7 @@ def checked_variables(variables: Mapping[str, Any], template: str, model: str) -
 
 
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "tokenize"}
-"""Names that are given to templates in any case, or are none of theirs."""
+"""Names that templates always receive, or that are no arguments of a template."""
 
 
 def _refuse_what_is_not_text(request: Request) -> None:

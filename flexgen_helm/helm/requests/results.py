@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Response = dict[str, Any]
-"""What HELM's cache keeps of a request; JSON types only."""
+"""The entry of a request in HELM's cache; JSON types only."""
 
 
 class PromptError(JobError):
-    """A prompt that this model cannot take; the other requests of a run are not to blame for it."""
+    """A prompt that this model cannot process; other requests of the run are not affected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Timing:
     started: float
     """When that call began, in seconds since the Epoch."""
     num_requests: int
-    """Requests that the engine worked on together."""
+    """Requests that the engine computed together."""
 
 
 def response(
@@ -45,7 +45,7 @@ def response(
     completions: Sequence[Completion],
     timing: Timing,
 ) -> Response:
-    """What the cache keeps; raises the error of a completion that failed. `job` is any of the request's."""
+    """Make the cache entry of an answer; raises the error of a failed completion. `job` is any of the request's."""
     for completion in completions:
         if completion.error is not None:
             raise completion.error
@@ -74,7 +74,7 @@ def response(
 def _completion(
     tokenizer: PreTrainedTokenizerBase, spelling: Spelling, request: Request, job: Job, completion: Completion
 ) -> Response:
-    """Text, tokens and log-probabilities of the answer alone; what was thought before it stands by itself."""
+    """Make text, tokens and log-probabilities of the answer; the thinking before it is stored separately."""
     before = list(job.prompt) if request.echo_prompt else []
     kept: Response = {
         "text": _continuation(tokenizer, before, completion) if request.echo_prompt else completion.text,
@@ -105,7 +105,7 @@ def _first_of_answer(tokenizer: PreTrainedTokenizerBase, completion: Completion,
 
 
 def is_cut_off(output: GeneratedOutput) -> bool:
-    """Whether there was no room for more than the thinking, so that the answer is empty."""
+    """Whether the thinking used up all tokens, so that the answer is empty."""
     return output.thinking is not None and not output.text.strip() and output.finish_reason == {"reason": "length"}
 
 
@@ -118,9 +118,9 @@ def cut_off(count: int) -> str:
 
 
 def is_outdated(response: Response) -> bool:
-    """Whether a response of an earlier release has tokens of the prompt that do not spell it: `Spelling` was not there.
+    """Whether a response of an earlier release has prompt tokens that do not spell the prompt, as before `Spelling`.
 
-    HELM takes bits per byte from them.
+    HELM computes bits per byte from them.
     """
     prompt = response.get("prompt")
     return (
@@ -131,9 +131,9 @@ def is_outdated(response: Response) -> bool:
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], completion: Completion) -> str:
-    """The text of a completion after its prompt, where a tokenizer like Llama's keeps its first space.
+    """Return the text of a completion after its prompt, where a tokenizer like Llama's keeps its first space.
 
-    Where the completion changes how the prompt is decoded (half a character makes its neighbours unreadable), its text
+    If the completion changes how the prompt is decoded (half a character makes its neighbours unreadable), its text
     alone.
     """
     if not completion.tokens:
@@ -141,7 +141,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], comple
     prompt, whole = str(tokenizer.decode(list(ids))), str(tokenizer.decode([*ids, *completion.tokens]))
     if not whole.startswith(prompt):
         return completion.text
-    num_cut = len(tokenizer.decode(list(completion.tokens))) - len(completion.text)  # from the stop on
+    num_cut = len(tokenizer.decode(list(completion.tokens))) - len(completion.text)  # characters after the stop
     return whole[len(prompt) : len(whole) - num_cut]
 
 
@@ -161,7 +161,7 @@ def result(response: Response, *, cached: bool) -> RequestResult:
 
 
 def known_response(stored: Response | None) -> Response | None:
-    """What the cache knew; None where it holds nothing, or something damaged that is no response of ours."""
+    """Return an entry of the cache; None if it is empty, or damaged and not a response of ours."""
     try:
         if stored is None or is_outdated(stored):
             return None
@@ -185,12 +185,12 @@ def _generated_output(prompt: Response, completion: Response) -> GeneratedOutput
 
 
 def failure(request: Request, error: EngineError) -> RequestResult:
-    """HELM's result of a request that failed; never to be retried, since HELM would sleep 150 s over it.
+    """Make HELM's result of a failed request; it is never retried, because HELM would sleep 150 s for that.
 
     HELM scores a failure that is not fatal as an empty completion. That is right for a prompt that the model cannot
-    process, or has no finite answer to; but where log-probabilities of the prompt are scored, an empty completion would
-    have the best score of all (0), so there, and for every fault that is not the prompt's, the failure is fatal to the
-    run.
+    process, or for which it has no finite answer. But if log-probabilities of the prompt are scored, an empty
+    completion would have the best score of all (0). In that case, and for every fault that is not the prompt's, the
+    failure is fatal to the run.
     """
     fatal = request.echo_prompt or not isinstance(error, PromptError | NumericsError)
     return RequestResult(

@@ -1,4 +1,4 @@
-"""What of a model deployment's `args` shapes its answers beyond what requests say."""
+"""The `args` of a model deployment that affect its answers in addition to the requests."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class Shaping:
     """The args by name; None means not set, so that the documented default applies."""
 
     apply_chat_template: bool | None = None
-    """Whether prompts that are answered go through the chat template; where the tokenizer has one."""
+    """Whether prompts to answer go through the chat template; by default, if the tokenizer has one."""
     chat_template_kwargs: Mapping[str, Any] | None = None
-    """The chat template's own arguments, such as `enable_thinking`; none."""
+    """The chat template's own arguments, such as `enable_thinking`; none by default."""
     reasoning: Reasoning | None = None
-    """How the model thinks before it answers (`Reasoner`); "auto": as chat template and vocabulary prove."""
+    """How the model thinks before it answers (`Reasoner`); "auto": as shown by chat template and vocabulary."""
     thinking_budget: int | None = None
     """The most tokens of thinking; None without a limit."""
     sampling: str | None = None
-    """`model` where its generation_config.json wins over what requests ask; `entry`."""
+    """`model` if its generation_config.json overrides the sampling of requests; `entry` if not."""
     top_k: int | None = None
-    """Sample among this many of the likeliest tokens (HELM's `top_k_per_token` is a number of candidates and never
-    does)."""
+    """Sample among this many of the most likely tokens (HELM's `top_k_per_token` is a number of candidates and never
+    does that).
+    """
 
     def __post_init__(self) -> None:
         _expect("apply_chat_template", self.apply_chat_template, bool, "true or false")
@@ -56,7 +57,7 @@ class Shaping:
 
 
 def _expect(name: str, value: object, kind: type, words: str) -> None:
-    """Raise `ConfigError` for an arg of another kind; YAML's truths are no numbers."""
+    """Raise `ConfigError` for an arg of another kind; YAML's booleans are no numbers."""
     if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
         raise ConfigError(f"{name} {shown(value)} of a model deployment is not {words}")
 

@@ -1,4 +1,4 @@
-"""How a deployment's model thinks before it answers: as `reasoning` says, or as template and vocabulary prove."""
+"""How a deployment's model thinks before it answers: as set by `reasoning`, or as shown by template and vocabulary."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CHANNEL_TOKENS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 
 @dataclass(frozen=True, kw_only=True)
 class Reasoner:
-    """Makes the rule for thinking of each request of a deployment; `style` None: nothing of a text is thinking."""
+    """Makes the rule for thinking of each request of a deployment; `style` None: no text counts as thinking."""
 
     style: Style | None
     name: str
@@ -76,7 +76,7 @@ class Reasoner:
         return cls(style=style, name=name, why=why, budget=budget, closing=closing)
 
     def rule(self, prompt: str) -> Thinking | None:
-        """The rule for a request with a rendered prompt; None where the prompt ends within the answer."""
+        """Return the rule for a request with a rendered prompt; None if the prompt ends within the answer."""
         if self.style is None:
             return None
         place = self.style.after(prompt)
@@ -86,13 +86,13 @@ class Reasoner:
 
     @property
     def key(self) -> dict[str, Any] | None:
-        """The parts that can change a result, for cache keys, where the prompt shows whether it opens the thinking."""
+        """The parts that can change a result, for cache keys, if prompts show whether they open the thinking."""
         if self.style is None:
             return None
         return {"marks": list(_marks(self.style)), "budget": self.budget}
 
     def note(self, model: str) -> str | None:
-        """What becomes of thinking, in one line; None where a text has none."""
+        """Describe how thinking is handled, in one line; None if there is none."""
         if self.style is None:
             return None
         limit = "" if self.budget is None else f"; it is closed after {self.budget} tokens, as thinking_budget says"
@@ -109,7 +109,7 @@ def _pair(given: Mapping[str, Any], model: str) -> Tags:
 
 
 def _proven(tokenizer: PreTrainedTokenizerBase, template: str, probe: str, model: str) -> tuple[str, Style | None]:
-    """The one style that template and vocabulary have, or that the template begins an answer with."""
+    """Return the only style whose marks template and vocabulary have, or with which the template begins an answer."""
     if not template:
         return "none", None
     whole = set(tokenizer.get_added_vocab())
@@ -143,8 +143,8 @@ def _closing(tokenizer: PreTrainedTokenizerBase, style: Style | None, budget: ob
         )
     if style is None:
         raise ConfigError(
-            f"thinking_budget {budget} of {model}: nothing tells how it thinks; say so by reasoning "
-            f"({', '.join(STYLES)}, or the two strings that it stands between), or leave the budget out"
+            f"thinking_budget {budget} of {model}: how it thinks is not known; set reasoning "
+            f"({', '.join(STYLES)}, or the two strings around it), or leave the budget out"
         )
     ids = tuple(map(int, tokenizer.encode(style.closing, add_special_tokens=False)))
     if style.closing not in str(tokenizer.decode(list(ids))):

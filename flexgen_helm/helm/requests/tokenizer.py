@@ -1,4 +1,4 @@
-"""Facts about a tokenizer: what each token spells, how texts begin, and a digest of everything that decides ids."""
+"""Facts about a tokenizer: what each token spells, how texts begin, and a digest of everything that determines ids."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-"""How tokenizers with byte fallback write a byte without a piece of its own."""
+"""How tokenizers with byte fallback write a byte that is not a token of its own."""
 _SPACE = "▁"
 _BYTES = "bytes:"
-"""How HELM marks a token that is no text by itself (`get_num_bytes`)."""
+"""How HELM marks a token that is only a part of a character (`get_num_bytes`)."""
 
 
 class Spelling:
-    """What each token of a text spells, so that the tokens together have the bytes of the text.
+    """What each token of a text spells, such that the tokens together have the bytes of the text.
 
     A token decoded by itself may lose its space, and a part of a character is unreadable. Use it while the tokenizer is
-    held: HELM lends it to one thread at a time.
+    locked: HELM lends it to one thread at a time.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -56,7 +56,7 @@ class Spelling:
         parts = [self._bytes_of(token) for token in ids]
         joined, text = b"".join(parts).decode(errors="replace"), str(self._tokenizer.decode(ids))
         if joined != text and joined[:1] == " " and (joined[1:2] == " ") == (text[:1] == " "):
-            place = next(place for place, part in enumerate(parts) if part)  # a space that every text begins with
+            place = next(place for place, part in enumerate(parts) if part)  # a space with which every text begins
             parts[place], joined = parts[place][1:], joined[1:]
         if joined != text and "\ufffd" not in text:
             return self._by_decoding(ids)
@@ -64,7 +64,7 @@ class Spelling:
 
     @cached_property
     def _is_byte_wise(self) -> bool | None:
-        """Whether tokens are written in byte-level BPE's alphabet; None where only decoding shows what they spell."""
+        """Whether tokens are written in byte-level BPE's alphabet; None if only decoding shows what they spell."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         decoder = getattr(backend, "decoder", None)
         if decoder is None:
@@ -88,7 +88,7 @@ class Spelling:
 
     def _spell(self, token: int) -> bytes:
         piece = cast("str | None", self._tokenizer.convert_ids_to_tokens(token))
-        if piece is None:  # padding rows of an embedding
+        if piece is None:  # embedding rows without a token
             return b""
         if token in self._tokenizer.added_tokens_decoder:
             return piece.encode()
@@ -100,7 +100,7 @@ class Spelling:
         return piece.replace(_SPACE, " ").encode()
 
     def _by_decoding(self, ids: list[int]) -> list[str]:
-        """What each token adds to the text; all of a character at its last token."""
+        """What each token adds to the text; a character counts for its last token."""
         texts: list[str] = []
         begin = read = 0
         for end in range(1, len(ids) + 1):
@@ -111,7 +111,7 @@ class Spelling:
             kept = next(
                 (at for at, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), len(before)
             )
-            if kept < len(before) and texts:  # a mark at the end of a text, such as "@@", that is gone when it goes on
+            if kept < len(before) and texts:  # a final mark such as "@@", which disappears when the text continues
                 texts[-1] = texts[-1][: kept - len(before)]
             texts.append(now[kept:])
             begin, read = read, end
@@ -136,16 +136,16 @@ def _types(decoder: Any) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class EarlierRule:
-    """Finds prompts whose ids differ under the rule for special tokens before `PromptTokenizer`.
+    """Finds prompts whose ids differ under the rule for special tokens that preceded `PromptTokenizer`.
 
     It used the tokenizer's ids of a text, without a BOS that the text spelled at its very beginning, regardless of
     templates and suffixes. Caches contain answers to such prompts.
     """
 
     beginnings: tuple[str, ...]
-    """What each token that the tokenizer puts before a text spells."""
+    """The spelling of each token that the tokenizer puts before a text."""
     bos: str | None
-    """The BOS, where that is all that the tokenizer puts before a text."""
+    """The BOS, if it is all that the tokenizer puts before a text."""
     has_end: bool
     """Whether the tokenizer adds something after a text."""
 
@@ -160,7 +160,7 @@ class EarlierRule:
         )
 
     def made_others(self, text: str, *, is_templated: bool) -> bool:
-        """Whether it made other ids of `text`."""
+        """Whether the rule made other ids of `text`."""
         had_beginning = bool(self.beginnings) and not (self.bos is not None and text.startswith(self.bos))
         begins_itself = text.lstrip().startswith(self.beginnings)
         has_beginning = bool(self.beginnings) and not (is_templated or begins_itself)
@@ -169,12 +169,12 @@ class EarlierRule:
 
 @dataclass(frozen=True)
 class TokenizerDigests:
-    """Hex digests of everything that decides the ids of texts and the text of ids; a tokenizer's name does not."""
+    """Hex digests of everything that determines the ids of texts and the text of ids; a tokenizer's name does not."""
 
     whole: str
-    """The digest of all of it."""
+    """The digest of everything."""
     earlier: str
-    """What earlier releases had in its place: without the settings that are no part of the tokenizer's own state."""
+    """The digest of earlier releases: without the settings that are not part of the tokenizer's own state."""
 
 
 _SETTINGS = (

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from helm.tokenizers.huggingface_tokenizer import WrappedPreTrainedTokenizer
 
 _PROBES = ("a", " a", "1", ".", "a\n")
-"""Short prompts that meet a template's text in different ways."""
+"""Short prompts that interact with a template's text in different ways."""
 
 _NO_LIMIT = 1_000_000
-"""transformers writes 10**30 where a tokenizer sets no limit."""
+"""transformers writes 10**30 if a tokenizer sets no limit."""
 
 Key = dict[str, Any]
 
 SEEDS = "of completion i of a sampled request: 15 hex digits of sha256([what is asked, i]); the same in every process"
-"""How seeds are derived, for records: nothing else affects them."""
+"""A description of how seeds are derived, for records; nothing else affects them."""
 CLIENT = "flexgen_helm"
 """The name of the client in keys of HELM's cache."""
 
@@ -79,7 +79,7 @@ class Translator:
             tokenizer_limit = limit if (limit := int(hf_tokenizer.model_max_length)) < _NO_LIMIT else None
             end_of_text_id = hf_tokenizer.get_vocab().get(end_of_text_token or "")
         self.window = window if window is not None else tokenizer_limit
-        """The maximum number of positions; None where nothing says it."""
+        """The maximum number of positions; None if it is not known."""
         self._end_of_text: list[str | list[int]] = [] if end_of_text_id is None else [[int(end_of_text_id)]]
         if self._end_of_text_token:
             self._end_of_text.append(self._end_of_text_token)
@@ -110,7 +110,7 @@ class Translator:
         """
         try:
             texts = [self.render(Request(prompt=text)) for text in _PROBES]
-        except UnsupportedError:  # a template that refuses these refuses all prompts, and says so then
+        except UnsupportedError:  # a template that refuses these refuses all prompts, and raises then
             return 0
         with self._tokenizer:
             pairs = [
@@ -123,7 +123,7 @@ class Translator:
 
     @property
     def notes(self) -> list[str]:
-        """What of the deployment shapes its answers beyond what a request says, a line each."""
+        """Settings of the deployment that affect its answers in addition to the requests, one line each."""
         notes = [self._rendering.note]
         if self._rules is not None:
             told = ", ".join(f"{name} {value}" for name, value in self._rules.told().items())
@@ -141,11 +141,11 @@ class Translator:
 
     @property
     def writes_date(self) -> bool:
-        """Whether the chat template asks for the date."""
+        """Whether the chat template writes the date."""
         return self._rendering.writes_date
 
     def begin(self, moment: datetime) -> None:
-        """Let chat templates take `moment` for now."""
+        """Set the time that chat templates see to `moment`."""
         self._rendering.moment = moment
 
     def render(self, request: Request) -> str:
@@ -153,7 +153,7 @@ class Translator:
         return self._rendering.text(request)
 
     def key(self, request: Request, text: str) -> Key:
-        """Everything that can change the result of a request whose rendered prompt is `text`, but the identity."""
+        """Everything that can change the result of a request whose rendered prompt is `text`, without the identity."""
         request = self._sampling.applied(request)
         key = {
             "client": CLIENT,
@@ -174,11 +174,11 @@ class Translator:
         return key if request.random is None else {**key, "random": request.random}
 
     def earlier_key(self, key: Key) -> Key:
-        """`key` as earlier releases had it."""
+        """Return `key` as earlier releases made it."""
         return {**key, "tokenizer": self._digests.earlier}
 
     def _rule(self, request: Request, text: str) -> Thinking | None:
-        """The rule for the thinking at the beginning of an answer; prompts that are only scored have no answer."""
+        """Return the rule for thinking at the beginning of an answer; prompts that are only scored have no answer."""
         if request.max_tokens == 0 or not (self._rendering.is_templated(request) or not self.applies_chat_template):
             return None
         return self._reasoner.rule(text)
@@ -214,7 +214,7 @@ class Translator:
         return ids
 
     def one_of_each(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """The same numbers as shared objects: those of a suite hold millions of equal ones."""
+        """Make equal numbers the same objects: those of a suite hold millions of equal ones."""
         return tuple(map(self._numbers.setdefault, ids, ids))
 
     def _check_length(self, ids: Sequence[int]) -> None:
@@ -240,8 +240,8 @@ class Translator:
         if self._refused and request.max_tokens > 0:
             told = ", ".join(f"{name} {value}" for name, value in self._refused.items())
             raise UnsupportedError(
-                f"generation_config.json of {self._model} asks for {told}, which is not supported; take it out of that "
-                "file if the model is to be run without"
+                f"generation_config.json of {self._model} sets {told}, which is not supported; remove it from that "
+                "file to run the model without it"
             )
         rules = self._rules
         if rules is not None and request.max_tokens > 0:
@@ -255,7 +255,7 @@ class Translator:
             rules=rules if request.max_tokens > 0 else None,
         )
         as_asked.check()
-        if request.temperature == 0:  # what would restrict sampling changes nothing, so equal jobs look equal
+        if request.temperature == 0:  # settings that restrict sampling have no effect, so that equal jobs look equal
             sampling = [replace(as_asked, top_k=None, top_p=1.0, seed=0)]
         else:
             asked = {**self._what_is_asked(request, text), "random": request.random}
@@ -276,16 +276,16 @@ class Translator:
         ]
 
     def _room(self, max_tokens: int, ids: Sequence[int]) -> int:
-        """Tokens to generate: no more than there are positions for; the last one needs none."""
+        """Tokens to generate: at most as many as there are positions; the last one needs none."""
         return max_tokens if self.window is None else min(max_tokens, self.window - len(ids) + 1)
 
     def response(
         self, request: Request, jobs: Sequence[Job], completions: Sequence[Completion], timing: Timing
     ) -> Response:
-        """What the cache keeps of the completions of a request's `jobs`; raises the error of one that failed."""
+        """Make the cache entry for the completions of a request's `jobs`; raises the error of one that failed."""
         return response(self._tokenizer, self._spelling, request, jobs[0], completions, timing)
 
 
 def _seed(asked: Key, index: int) -> int:
-    """The seed of completion `index`: the same in every process, whatever the other completions."""
+    """Return the seed of completion `index`: the same in every process, and independent of other completions."""
     return int(sha256_of([asked, index])[:15], 16)

@@ -1,4 +1,4 @@
 """HELM's part of a suite's runs: making requests and finishing runs, in the command's process or in helper processes.
 
-It imports what the room imports, and nothing else of it.
+It imports what `sweeps` imports, and nothing else of `sweeps`.
 """

@@ -27,10 +27,10 @@ from flexgen_helm.judging.kinds import needs_judge
 from flexgen_helm.planning.environment import Environment, environment
 
 PRELOADED = "flexgen_helm.sweeps.beside.preloaded"
-"""The module that imports what such a process needs."""
+"""The module that helper processes import before they are forked."""
 
 Outcome = tuple[Response, bool] | EngineError
-"""What became of a request: what the cache keeps of it and whether it was there before, or why there is nothing."""
+"""The result of a request: the cache's entry and whether it was there before, or the error."""
 Identity = Mapping[str, str | int | None]
 
 
@@ -99,7 +99,7 @@ class HelmSide:
                 if engines.guard.is_closed and identity is not None:
                     client.known_identity = dict(identity)
             write(runner, adapted, ScenarioState(state.adapter_spec, settled(states, results), state.annotator_specs))
-        except Exception:  # perhaps made of what says that an engine was to be asked
+        except Exception:  # it may wrap the exception that an engine was needed
             engines.guard.check_not_asked()
             raise
         finally:
@@ -115,7 +115,7 @@ def write(runner: TwoStepRunner, made: Adapted, state: ScenarioState) -> None:
 
 
 class HelmSideThere(HelmSide):
-    """The same in a helper process: data that the command's process keeps for it are packed into few bytes."""
+    """Like `HelmSide`, in a helper process; data that the command's process stores for it are packed into few bytes."""
 
     def make(self, run_spec: RunSpec) -> Made:
         """Like `HelmSide.make`, with `Made.adapted` packed."""
@@ -149,7 +149,7 @@ class Setting:
     suite: str
     plugins: tuple[str, ...]
     moment: datetime
-    """What chat templates take for now."""
+    """The current time as chat templates see it."""
     environment: Environment = field(default_factory=environment)
     helms_output_path: str = field(default_factory=get_benchmark_output_path)
     registries: dict[str, Any] = field(default_factory=lambda: {name: each() for name, each in _REGISTRIES.items()})

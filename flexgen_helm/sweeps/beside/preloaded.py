@@ -1,4 +1,4 @@
-"""What processes of `HelmSideThere` are forked from imports this: all that making and finishing runs takes."""
+"""The modules for making and finishing runs, imported by the server from which `HelmSideThere` processes are forked."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ import flexgen_helm.sweeps.beside.helm_side  # noqa: F401
 from flexgen_helm.workers.helper_program import outlive_signals
 
 outlive_signals()
-tqdm.set_lock(
-    threading.RLock()
-)  # its own one is a semaphore of the system's, which a process that is ended leaves behind
+tqdm.set_lock(threading.RLock())  # its own one is a system semaphore, which a killed process leaves behind
 gc.collect()
-gc.freeze()  # what is never looked through again stays shared
+gc.freeze()  # memory that the garbage collector never touches stays shared

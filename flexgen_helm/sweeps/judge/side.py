@@ -36,7 +36,7 @@ class _ToJudge:
     annotating: Annotating
     requests: list[Request]
     refused: dict[str, RequestResult] = field(default_factory=dict)
-    """Requests that cannot be run, by `key_of`: a prompt that is longer than the judge's window, say."""
+    """Requests that cannot be run, by `key_of`, such as a prompt longer than the judge's window."""
 
 
 class JudgeSide:
@@ -51,7 +51,7 @@ class JudgeSide:
         self._client = client
 
     def make(self, run_spec: RunSpec) -> Made:
-        """Read a run that is held, and find what its annotators ask; raises what they raise before they ask."""
+        """Read a run that is held, and find the requests of its annotators; raises what they raise before a request."""
         held, annotators = self._runner.held(run_spec), annotating(run_spec, self._judge, self._runner)
         found = _ToJudge(held, annotators, [])
         for request in annotators.requests(held.state.request_states):
@@ -83,7 +83,7 @@ class JudgeSide:
         self.verdicts[name] = count(state.request_states)
         unjudged = Path(self._runner.runs_path) / unjudged_name(name, self._judge)
         if not (unjudged / "stats.json").exists():
-            shutil.rmtree(unjudged, ignore_errors=True)  # what an earlier command without a judge held
+            shutil.rmtree(unjudged, ignore_errors=True)  # the unjudged run of an earlier command
 
     def _record(self, identity: Identity | None) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from flexgen_helm.sweeps.parts import Watcher
 
 
 class JudgeWatcher:
-    """The `Watcher` of the judge's flow; it passes problems on to the suite's watcher."""
+    """The `Watcher` of the judge's flow; it passes errors on to the suite's watcher."""
 
     def __init__(self, suite: Watcher, diary: SweepDiary, judged: Callable[[str], None]) -> None:
         """`judged` is called with the name of each run that is judged and written."""
@@ -27,7 +27,7 @@ class JudgeWatcher:
         self._diary.judging(run_spec)
 
     def prepared(self, run: PendingRun) -> None:
-        """It is made."""
+        """The requests to a run's judge are made."""
         self._diary.counted(run)
 
     def foresee(self, model: ModelSweep, jobs: Sequence[Job]) -> Callable[[], None]:

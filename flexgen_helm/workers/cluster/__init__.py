@@ -1,4 +1,4 @@
-"""Engines on the machines of a Ray cluster. Ray is imported only by functions here, when a command asks for it.
+"""Engines on the machines of a Ray cluster. Only functions import Ray here, when a command asks for it.
 
-`ray_cluster` is what commands use; `actor` is what runs on the machines.
+Commands use `ray_cluster`; `actor` runs on the machines.
 """

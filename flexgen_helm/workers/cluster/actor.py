@@ -1,4 +1,4 @@
-"""The process that a cluster starts on a host: it serves an engine, and is asked for what that tells."""
+"""The Ray actor on each host: it serves an engine and returns the messages for the driver."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from engine.workers.packing import PackedJobs
 from flexgen_helm.workers.cluster.versions import versions
 
 Heard = list[HostTells | None]
-"""Messages in their order; None is the last thing that is told."""
+"""Messages in order; None is the last one."""
 
 
 class HostActor:
-    """A worker. Ray calls `hear` in one thread and the other methods, one after the other, in another one."""
+    """A worker. Ray calls `hear` in one thread, and the other methods, one after the other, in another thread."""
 
     def __init__(self, open_engine: Callable[[Opening], Running]) -> None:
-        """`open_engine` opens what the driver wants opened, on the devices that the cluster gives this process."""
+        """`open_engine` opens the model of an `Opening` on the devices that the cluster assigns to this process."""
         self._inbox: queue.SimpleQueue[HostTells | None] = queue.SimpleQueue()
         self._serving = Serving(open_engine, self._inbox.put)
 
     def __repr__(self) -> str:
-        """What Ray's dashboard and logs call it."""
+        """The name in Ray's dashboard and logs."""
         return f"flexgen-helm worker on {platform.node()} ({os.environ.get('CUDA_VISIBLE_DEVICES') or 'cpu'})"
 
     def hello(self) -> tuple[str, str, dict[str, str]]:
-        """The host's name, Ray's id of it, and the versions that it runs."""
+        """Return the host's name, Ray's id of the node, and the installed versions."""
         import ray
 
         return platform.node(), ray.get_runtime_context().get_node_id(), versions()
@@ -39,20 +39,20 @@ class HostActor:
         self._serving.open(opening)
 
     def ask(self, call: int, jobs: PackedJobs) -> None:
-        """Run jobs."""
+        """Run jobs of a call."""
         self._serving.ask(call, jobs)
 
     def drop(self, call: int) -> None:
-        """Drop what of a call has not ended."""
+        """Cancel everything unfinished of a call."""
         self._serving.drop(call)
 
     def leave(self) -> None:
-        """End after the sweep at hand."""
+        """End after the current sweep."""
         self._serving.leave()
         self._inbox.put(None)
 
     def hear(self, wait_s: float) -> Heard:
-        """All that there is to be told; waits up to `wait_s` for something, and then says that it is alive."""
+        """Return all messages that wait for the driver; after `wait_s` seconds without one, return `Alive`."""
         try:
             heard: Heard = [self._inbox.get(timeout=wait_s)]
         except queue.Empty:

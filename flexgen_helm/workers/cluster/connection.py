@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster, or starting one on this machine: in one line where that fails."""
+"""Connects to a Ray cluster, or starts one on this machine; failures become one-line errors."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import Any
 from engine.errors import ConfigError, EngineError, InstallationError, one_line
 
 _ANSWER_S = 5.0
-"""For a port to answer."""
+"""Seconds within which a port must accept a connection."""
 _CONNECT_S = 15.0
-"""For a cluster whose port answers to take this process in."""
+"""Seconds within which a cluster whose port is open must admit this process."""
 _START_S = 180.0
-"""For a cluster to be started here, which takes seconds where the machine is not busy."""
+"""Seconds within which a cluster must start on this machine; it takes a few unless the machine is busy."""
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
-"""No statistics are sent, and no cluster is started unasked, unless the user's environment says otherwise."""
+"""Defaults of Ray's environment variables: no usage statistics, and no cluster is started without being asked for."""
 
 
 def import_ray() -> Any:
-    """The package; raises `InstallationError` where it is missing."""
+    """Import Ray; raises `InstallationError` if it is missing."""
     try:
         import ray
     except ImportError as error:
@@ -33,7 +33,7 @@ def import_ray() -> Any:
 
 
 def check_address(address: str) -> None:
-    """Raise `ConfigError` where nothing answers at `address`, within seconds and without Ray."""
+    """Raise `ConfigError` if nothing listens at `address`; takes seconds and does not import Ray."""
     address = _meant(address)
     if address.startswith("ray://"):
         raise ConfigError(
@@ -48,14 +48,14 @@ def _meant(address: str) -> str:
 
 
 def connect(address: str, num_workers: int | None) -> Any:
-    """Be part of the cluster at `address`; returns ray.
+    """Join the cluster at `address`; returns the `ray` module.
 
-    An empty address is that of RAY_ADDRESS, or else a cluster that is started on this machine with room for
-    `num_workers`; "auto" is one that runs on this machine; "local" starts one. `check_address` was asked before.
-    Raises `EngineError`.
+    An empty address means RAY_ADDRESS, or if that is not set a cluster started on this machine with room for
+    `num_workers`; "auto" is a cluster that runs on this machine; "local" starts one. Call `check_address` first. Raises
+    `EngineError`.
     """
     address = _meant(address)
-    _quieten()  # before Ray is imported, which reads it then
+    _quieten()  # before the import of Ray, which reads the environment
     ray = import_ray()
     if ray.is_initialized():
         return ray
@@ -115,9 +115,9 @@ def _check_answers(address: str) -> None:
 
 
 def _within(seconds: float, init: Callable[[], Any]) -> None:
-    """Call `init`, raise what it raises, and `TimeoutError` where it takes longer.
+    """Call `init` in a thread; raises what it raises, and `TimeoutError` if it takes longer than `seconds`.
 
-    Ray waits for minutes at a port where something else listens. In a thread it leaves the signals' handlers alone.
+    Ray itself waits for minutes if another program listens at the port. In a thread it leaves signal handlers alone.
     """
     found: Future[Any] = Future()
 
@@ -127,7 +127,7 @@ def _within(seconds: float, init: Callable[[], Any]) -> None:
         except BaseException as error:
             found.set_exception(error)
         else:
-            threading.Event().wait()  # a cluster's processes end with the thread that has started them
+            threading.Event().wait()  # the processes of a cluster end with the thread that has started them
 
     threading.Thread(target=run, name="flexgen-connect", daemon=True).start()
     found.result(seconds)

@@ -1,4 +1,4 @@
-"""The flags of commands that can run a model on the machines of a Ray cluster; loads no Ray unless they are given."""
+"""The flags of commands that can run a model on a Ray cluster; loads Ray only if they are given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgen_helm.workers.engine_processes import engine_processes
 
 
 def add_cluster_flags(group: argparse._ActionsContainer) -> None:
-    """Add what `use_cluster` reads."""
+    """Add the flags that `use_cluster` reads."""
     group.add_argument(
         "--ray",
         nargs="?",
@@ -19,15 +19,15 @@ def add_cluster_flags(group: argparse._ActionsContainer) -> None:
         metavar="ADDRESS",
         help="run the model on a Ray cluster: host:port, auto, or local (RAY_ADDRESS, else a cluster started here)",
     )
-    group.add_argument("--workers", type=int, metavar="N", help="of the cluster (one for each machine)")
-    group.add_argument("--gpus-per-worker", type=int, metavar="K", help="0 computes on CPUs (all that a machine has)")
+    group.add_argument("--workers", type=int, metavar="N", help="number of workers (default: one per machine)")
     group.add_argument(
-        "--no-wait", action="store_true", help="end at once where the cluster has no room for all of them"
+        "--gpus-per-worker", type=int, metavar="K", help="GPUs per worker; 0: CPUs (default: all of a machine)"
     )
+    group.add_argument("--no-wait", action="store_true", help="end at once if the cluster has no room for all workers")
 
 
 def check_cluster_flags(args: argparse.Namespace) -> None:
-    """Raise `ConfigError` for flags that cannot be meant, or an address where nothing answers; loads no Ray."""
+    """Raise `ConfigError` for invalid flags, or an address where nothing listens; loads no Ray."""
     if args.ray is None:
         for name in ("workers", "gpus_per_worker", "no_wait"):
             if getattr(args, name) is not None and getattr(args, name) is not False:
@@ -38,9 +38,9 @@ def check_cluster_flags(args: argparse.Namespace) -> None:
 
 
 def use_cluster(args: argparse.Namespace) -> None:
-    """Reach the cluster, or start it, and have engines opened there from now on; nothing without `--ray`.
+    """Connect to the cluster, or start it, so that later engines are opened there; does nothing without `--ray`.
 
-    Raises `EngineError` where that cannot be done, and with `--no-wait` where there is no room.
+    Raises `EngineError` if that fails, or if there is no room and `--no-wait` is given.
     """
     check_cluster_flags(args)
     if args.ray is not None:

@@ -1,4 +1,4 @@
-"""Opens a model on a host as a command there would: under the policy that suits that machine."""
+"""Opens a model on a host as a command on that machine would, with a policy chosen for that machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flexgen_helm.workers.engine_processes import engine_processes
 
 
 def open_host(opening: Opening) -> Running:
-    """Open a model on the devices that are this process's; raises `EngineError` where that cannot be done."""
+    """Open a model on the devices of this process; raises `EngineError` if that fails."""
     description = describe(opening.model)
     beside = identity_beside_weights(opening.model, opening.policy)
     source = OpenedWeights(Path(description.path))

@@ -1,4 +1,4 @@
-"""Opens models on the machines of a Ray cluster, for commands that are asked to."""
+"""Opens models on the machines of a Ray cluster, for commands with `--ray`."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from flexgen_helm.workers.cluster.slots import Wanted
 from flexgen_helm.workers.cluster.versions import versions
 
 _MOST_TOKENS = 1 << 18
-"""Of jobs that hosts are told for the choice of a policy."""
+"""Most prompt tokens of the sample of jobs that hosts get for the choice of a policy."""
 
 
 class RayCluster:
-    """A cluster that engines are spread over; connected to when it is made."""
+    """A Ray cluster that runs engines; connected to on construction."""
 
     def __init__(
         self,
@@ -42,9 +42,9 @@ class RayCluster:
         wait: bool = True,
         open_engine: Callable[[Opening], Running] = open_host,
     ) -> None:
-        """`address` as `connect` has it. `wait`: for room for the workers that are `wanted`.
+        """`address`: see `connect`. `wait`: whether to wait until the cluster has room for the `wanted` workers.
 
-        Raises `EngineError` where the cluster cannot be reached, or has no room and `wait` is False.
+        Raises `EngineError` if the cluster cannot be reached, or has no room and `wait` is False.
         """
         self._wanted, self._open_engine = wanted or Wanted(), open_engine
         self._wanted.check()
@@ -57,9 +57,9 @@ class RayCluster:
     def load(
         self, model: str, policy: Policy, window: int | None = None, jobs: Sequence[Job] = (), share: float = 1.0
     ) -> HostsEngine:
-        """Open a model on all workers; returns when the first one has it open.
+        """Open a model on all workers; returns when the first one has opened it.
 
-        `jobs` are a `share` of those that will be asked. Raises `EngineError` where no worker can open it.
+        `jobs` are a `share` of those to come. Raises `EngineError` if no worker can open the model.
         """
         path = describe(model).path
         model = os.path.abspath(model) if os.path.exists(model) else model
@@ -83,19 +83,19 @@ class RayCluster:
         return engine
 
     def close(self) -> None:
-        """Close what was opened and leave the cluster, which ends if it was started here."""
+        """Close the engines and leave the cluster, which ends if it was started here."""
         for engine in self._engines:
             engine.close()
         self._ray.shutdown()
 
 
 def _some(jobs: Sequence[Job]) -> list[tuple[int, Job]]:
-    """The first of them, numbered."""
+    """Return the first valid jobs, with their indices."""
     tokens, some = 0, []
     for number, job in enumerate(jobs):
         try:
             job.check()
-        except JobError:  # it fails alone, when it is run
+        except JobError:  # the job fails alone when it is run
             continue
         tokens += len(job.prompt)
         if tokens > _MOST_TOKENS:

@@ -1,4 +1,4 @@
-"""A worker in a cluster, as the driver sees it: an actor of Ray."""
+"""The driver's end of a worker in a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from engine.workers.packing import PackedJobs
 from flexgen_helm.workers.cluster.slots import Slot
 
 HEARING = "hear"
-"""Ray's group of the method that waits for something to be told, so that the others need not wait for it."""
+"""Ray's concurrency group of the method that waits for messages, so that the other methods need not wait for it."""
 HEAR_S = 5.0
-"""That it waits before it says that the host is alive."""
+"""Seconds that it waits for a message before it returns `Alive`."""
 
 
 class RayHost:
-    """Implements `Host` over an actor that has said who it is."""
+    """Implements `Host` over a Ray actor whose `hello` has been received."""
 
     def __init__(self, ray: Any, actor: Any, name: str, slot: Slot, node: str) -> None:
         """`node`: Ray's id of the machine."""
@@ -30,43 +30,43 @@ class RayHost:
         self._tell: Callable[[HostTells], None] = lambda told: None
         self._ended: Callable[[str], None] = lambda how: None
         self.is_over = False
-        """Whether nothing that it tells is heard any more."""
+        """Whether its further messages are dropped."""
 
     def open(self, opening: Opening, tell: Callable[[HostTells], None], ended: Callable[[str], None]) -> None:
-        """As `Host.open`."""
+        """See `Host.open`."""
         self._tell, self._ended = tell, ended
         self._do(lambda: self._actor.open.remote(opening))
 
     def ask(self, call: int, jobs: PackedJobs) -> None:
-        """As `Host.ask`."""
+        """See `Host.ask`."""
         self._do(lambda: self._actor.ask.remote(call, jobs))
 
     def drop(self, call: int) -> None:
-        """As `Host.drop`."""
+        """See `Host.drop`."""
         self._do(lambda: self._actor.drop.remote(call))
 
     def leave(self) -> None:
-        """As `Host.leave`."""
+        """See `Host.leave`."""
         self.is_leaving = True
         self._do(lambda: self._actor.leave.remote())
 
     def kill(self) -> None:
-        """As `Host.kill`."""
+        """See `Host.kill`."""
         self.is_over = True
-        with suppress(Exception):  # that it cannot be told may only mean that it is gone
+        with suppress(Exception):  # an actor that cannot be killed has usually ended already
             self._ray.kill(self._actor)
 
     def be_drained(self) -> None:
-        """Say for it that its machine is about to go."""
+        """Report on the host's behalf that its machine is about to be taken away."""
         self.is_leaving = True
         self._tell(Leaving(why="its machine is being drained"))
 
     def hear(self) -> Any:
-        """Ray's reference to what it tells next."""
+        """Request the actor's next messages; returns Ray's reference to them."""
         return self._actor.hear.options(concurrency_group=HEARING).remote(HEAR_S)
 
     def take(self, heard: Any) -> None:
-        """Tell the driver what a reference of `hear` holds, which is there."""
+        """Pass the messages of a completed reference of `hear` to the driver."""
         try:
             messages = self._ray.get(heard)
         except Exception as error:
@@ -81,7 +81,7 @@ class RayHost:
                 self._tell(message)
 
     def end(self, how: str) -> None:
-        """Take in that the actor has ended."""
+        """Record that the actor has ended."""
         if not self.is_over:
             self.is_over = True
             self._ended(how)
@@ -89,12 +89,12 @@ class RayHost:
     def _do(self, call: Callable[[], Any]) -> None:
         try:
             call()
-        except Exception as error:  # `hear` says what has become of an actor; this is of the way to it
+        except Exception as error:  # `hear` reports the end of an actor; this is a failure to reach it
             self._tell(Fault(error=EngineError(f"Ray does not pass on what it is told: {one_line(error)}")))
 
 
 def how_ended(error: Exception) -> str:
-    """Why an actor has ended, of Ray's many lines the one that says it."""
+    """Return why an actor has ended: the relevant line of Ray's long message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if "is dead because" in line), lines[-1] if lines else type(error).__name__)
     said = said.partition("is dead because")[2].strip() or said

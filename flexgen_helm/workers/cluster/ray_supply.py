@@ -1,4 +1,4 @@
-"""Brings workers of a Ray cluster to the driver, others in place of those that die, and hears what they tell."""
+"""Starts workers on a Ray cluster, replaces those that die, and passes their messages to the driver."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from flexgen_helm.workers.cluster.slots import Slot, Wanted, nodes_of, slots_of
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
-"""How often it is looked for what else there is to do while nobody tells anything."""
+"""Longest wait for messages, in seconds, before other tasks are looked at."""
 _NODES_S = 5.0
-"""How often it is looked for machines that have come or gone."""
+"""Seconds between checks for machines that have joined or left the cluster."""
 _SAY_S = 60.0
-"""How often it is said that workers wait for room, and how long after the start for the first time."""
+"""Seconds between notices that workers wait for room; the first one comes after `_SAY_FIRST_S`."""
 _SAY_FIRST_S = 10.0
 _MOST_DEATHS = 3
-"""Workers in a row that may end in one place before a sweep has."""
+"""Workers that may end in one place in a row before one has completed a sweep."""
 
 
 @dataclass(eq=False)
 class _Coming:
-    """A worker that has not said yet that it is there."""
+    """A worker that was started and has not answered yet."""
 
     actor: Any
     slot: Slot
@@ -44,7 +44,7 @@ class _Coming:
 
 
 class RaySupply:
-    """Implements `Supply` over Ray; all but `close` and `lost` happens in a thread of its own."""
+    """Implements `Supply` over Ray; everything but `close` and `lost` runs in a thread of its own."""
 
     def __init__(
         self,
@@ -53,37 +53,37 @@ class RaySupply:
         versions: Mapping[str, str],
         open_engine: Callable[[Opening], Running],
     ) -> None:
-        """`open_engine` is called on the hosts: a function of a module that all of them have.
+        """`open_engine` is called on the hosts, so it must be a function of a module that all of them have installed.
 
-        `versions` are what each must have.
+        `versions` are those that every host must have.
         """
         self._ray, self._wanted, self._versions = ray, wanted, versions
         self._actors = ray.remote(concurrency_groups={HEARING: 1})(HostActor)
         self._open_engine = open_engine
         self._lock = threading.RLock()
         self._coming: dict[Any, _Coming] = {}
-        """By Ray's reference to what they say first."""
+        """Workers that were started, by the reference of their `hello`."""
         self._hearing: dict[Any, RayHost] = {}
-        """By Ray's reference to what they say next."""
+        """Hosts by the reference of their current `hear`."""
         self._hosts: dict[RayHost, int] = {}
-        """Those with the driver, and their places."""
+        """The driver's hosts, and the place of each."""
         self._deaths: Counter[int] = Counter()
-        """By place, in a row."""
+        """Deaths in a row, by place."""
         self._places = itertools.count()
         self._served_nodes: set[str] = set()
         self._gone: list[str] = []
-        """Why workers are not replaced."""
+        """Why workers were not replaced."""
         self._closing = threading.Event()
 
     def begin(self, join: Callable[[Host], None], fail: Callable[[EngineError], None]) -> None:
-        """As `Supply.begin`."""
+        """See `Supply.begin`."""
         self._join, self._fail = join, fail
         with self._lock:
             self._start_wanted()
         threading.Thread(target=self._run, name="flexgen-ray", daemon=True).start()
 
     def lost(self, host: Host, loss: Loss) -> bool:
-        """As `Supply.lost`."""
+        """See `Supply.lost`."""
         assert isinstance(host, RayHost)
         with self._lock:
             place = self._hosts.pop(host, None)
@@ -103,7 +103,7 @@ class RaySupply:
         return False
 
     def close(self) -> None:
-        """As `Supply.close`."""
+        """See `Supply.close`."""
         with self._lock:
             self._closing.set()
             for coming in self._coming.values():
@@ -118,7 +118,7 @@ class RaySupply:
         return nodes_of(self._ray.nodes())
 
     def _start_wanted(self) -> None:
-        """Ask for the workers that are wanted, or for those of machines that are new."""
+        """Start the workers that were asked for, or those of machines that have joined."""
         slots = slots_of(self._wanted, self._nodes())
         new = [slot for slot in slots if slot.node is None or slot.node not in self._served_nodes]
         if self._wanted.workers is not None and self._served_nodes:
@@ -151,7 +151,7 @@ class RaySupply:
                         _log.warning("%s", self._waiting())
                 if is_time:
                     self._tell_drained()
-            except Exception as error:  # nobody would hear the workers any more
+            except Exception as error:  # else the workers' messages would no longer be read
                 if not self._closing.is_set():
                     self._fail(EngineError(f"the connection to the cluster is lost: {one_line(error)}"))
                 return
@@ -205,7 +205,7 @@ class RaySupply:
         self._hear_on(host)
 
     def _name(self, machine: str) -> str:
-        """The machine's name; with a number where it has several workers."""
+        """Return the machine's name, numbered if it has several workers."""
         taken = {host.name for host in self._hosts}
         numbered = (machine if number == 1 else f"{machine}-{number}" for number in itertools.count(1))
         return next(name for name in numbered if name not in taken)
@@ -225,13 +225,13 @@ class RaySupply:
             self._fail(error)
 
     def _none_left(self) -> EngineError | None:
-        """The error that nobody is left and nobody will come, if so; machines that join later are not waited for."""
+        """Return the error if no worker is left or can come; machines that may join later are not waited for."""
         if self._hosts or self._coming or self._closing.is_set():
             return None
         return EngineError(f"no worker is left: {'; '.join(dict.fromkeys(self._gone)) or 'all have left'}")
 
     def _tell_drained(self) -> None:
-        """Let workers leave whose machines are about to go, as the owner of a spot machine says beforehand."""
+        """Let workers leave whose machines are being drained, such as preempted spot instances."""
         from ray._private.state import state
 
         draining = state.get_draining_nodes()

@@ -9,8 +9,8 @@ from flexgen_helm.workers.cluster.slots import Wanted, nodes_of, num_fitting, sl
 
 
 def check_room(ray: Any, wanted: Wanted) -> None:
-    """Raise `ConfigError` unless all workers that are wanted have room now."""
-    from ray._private.state import available_resources_per_node  # what `ray.available_resources()` adds up
+    """Raise `ConfigError` unless the cluster has room for all wanted workers now."""
+    from ray._private.state import available_resources_per_node  # the values that `ray.available_resources()` adds up
 
     nodes = nodes_of(ray.nodes())
     slots = slots_of(wanted, nodes)
@@ -23,7 +23,7 @@ def check_room(ray: Any, wanted: Wanted) -> None:
 
 
 def told_room(ray: Any) -> str:
-    """What the cluster has, and how much of it is free, in words."""
+    """Describe the cluster's resources and how much of them is free."""
     nodes = nodes_of(ray.nodes())
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     free = ray.available_resources()

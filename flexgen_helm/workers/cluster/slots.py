@@ -1,4 +1,4 @@
-"""Which workers a cluster is asked for: how many, with how much of a machine each, and on which (pure)."""
+"""Decides how many workers a cluster is asked for, with which resources each, and on which machines (pure)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Node:
     """A machine of the cluster."""
 
     id: str
-    """Ray's."""
+    """Ray's id of the node."""
     name: str
     gpus: int
     cpus: int
@@ -22,13 +22,13 @@ class Node:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What the user asks for; None is all there is."""
+    """What the user asks for; None means everything that is there."""
 
     workers: int | None = None
     gpus_per_worker: int | None = None
 
     def check(self) -> None:
-        """Raise `ConfigError` for a number that cannot be meant."""
+        """Raise `ConfigError` for numbers out of range."""
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"--workers {self.workers} is below 1")
         if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
@@ -37,12 +37,12 @@ class Wanted:
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """What one worker is to have."""
+    """The resources of one worker."""
 
     gpus: int
     cpus: int
     node: str | None = None
-    """The machine that it is for; None: any that has room."""
+    """The machine for the worker; None for any with room."""
 
     def __str__(self) -> str:
         gpus = f"{self.gpus} GPU{'s' * (self.gpus != 1)} and " if self.gpus else ""
@@ -50,7 +50,7 @@ class Slot:
 
 
 def nodes_of(listed: Iterable[Mapping[str, Any]]) -> list[Node]:
-    """The machines that are there, of what `ray.nodes()` lists."""
+    """Return the machines of `ray.nodes()` that are alive."""
     return [
         Node(
             id=each["NodeID"],
@@ -64,11 +64,12 @@ def nodes_of(listed: Iterable[Mapping[str, Any]]) -> list[Node]:
 
 
 def slots_of(wanted: Wanted, nodes: Sequence[Node]) -> list[Slot]:
-    """The workers that `wanted` means on these machines.
+    """Return the workers that `wanted` means on these machines.
 
-    Without a number: one for each machine that has GPUs, with all of them, or as many as its GPUs make; where no
-    machine has GPUs, or none are to be used, one for each machine. With a number: that many, wherever there is room, of
-    as many GPUs (or CPUs) as lets all of them run at once.
+    Without a number of workers: one for each machine with GPUs, with all its GPUs or, if `gpus_per_worker` is set, as
+    many workers as its GPUs allow; if no machine has GPUs, or 0 per worker is asked for, one for each machine. With a
+    number: that many, wherever there is room, each with as many GPUs (or CPUs) as lets all of them run at the same
+    time.
     """
     on_gpus = wanted.gpus_per_worker != 0 and (bool(wanted.gpus_per_worker) or any(node.gpus for node in nodes))
     if wanted.workers is not None:
@@ -92,12 +93,12 @@ def _alike(count: int, gpus: int | None, nodes: Sequence[Node], *, on_gpus: bool
 
 
 def _largest(count: int, sizes: Sequence[int]) -> int:
-    """The largest part of which machines of these sizes hold `count`; 1 where they cannot."""
+    """Return the largest part size such that machines of these sizes hold `count` parts; 1 if there is none."""
     return next((part for part in range(max(sizes, default=1), 1, -1) if sum(s // part for s in sizes) >= count), 1)
 
 
 def num_fitting(slots: Sequence[Slot], nodes: Sequence[Node], free: Mapping[str, tuple[int, int]]) -> int:
-    """How many of these workers have room now; `free`: GPUs and CPUs that nobody uses, by machine."""
+    """Return how many of these workers have room now; `free`: unused GPUs and CPUs by machine."""
     left = {node.id: list(free.get(node.id, (node.gpus, node.cpus))) for node in nodes}
     count = 0
     for slot in slots:

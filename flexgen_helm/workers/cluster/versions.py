@@ -1,4 +1,4 @@
-"""What has to be the same on all machines: versions that the messages between them depend on."""
+"""The versions that must be equal on all machines, because the messages between them depend on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGES = ("flexgen-helm", "ray")
 
 
 def versions() -> dict[str, str]:
-    """Those of this machine, by name; a package that is not installed as one has "unknown"."""
+    """Return this machine's versions by name; "unknown" for a package without installed metadata."""
     python = ".".join(platform.python_version_tuple()[:2])
     return {"Python": python, **{package: _version(package) for package in PACKAGES}}
 

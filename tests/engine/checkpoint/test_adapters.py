@@ -224,7 +224,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "a pattern that is none among others": (tell(alpha_pattern={"(?i)q_proj": 3}), ("'(?i)q_proj' is no pattern",)),
     "a pattern that never ends": (
         tell(target_modules="(.|..|...|....)+[^a-z._0-9]"),
-        ("q_proj", "is not told in 1 s", "without repeats in repeats"),
+        ("q_proj", "is not decided within 1 s", "without nested repeats"),
     ),
     "a pattern that never compiles": (
         tell(rank_pattern={"((((q{99}){99}){99}){99})": 4}),
@@ -290,7 +290,7 @@ def test_base_models_that_nothing_can_be_added_to_are_refused(build: Build, tmp_
     )
     expert = "model.layers.1.block_sparse_moe.experts.2.w1"
     cases = {
-        "comes quantized": save_adapter(tmp_path / "1", tmp_path / "packed"),
+        "is quantized": save_adapter(tmp_path / "1", tmp_path / "packed"),
         "is of an expert": save_adapter(tmp_path / "2", build("mixtral"), (expert,)),
     }
     tied = save_adapter(tmp_path / "3", build("llama"), ("lm_head",))

@@ -114,7 +114,7 @@ GGUFS: dict[str, tuple[bytes, type[EngineError], str]] = {
     "numbers without end": (
         header(rest=text(b"a") + struct.pack("<IIQ", 9, 4, MANY)),
         CheckpointError,
-        r"tells of 4,611,686,018,427,387,904 bytes at byte 49, behind which there are 0 bytes",
+        r"describes 4,611,686,018,427,387,904 bytes at byte 49, after which there are 0 bytes",
     ),
     "texts without end": (
         header(rest=text(b"a") + struct.pack("<IIQ", 9, 8, MANY)),

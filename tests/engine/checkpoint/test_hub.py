@@ -287,9 +287,9 @@ ANSWERS: dict[str, tuple[Callable[[_Handler], None], list[str]]] = {
     "forbidden": (text(403, "no"), ["does not allow", "HTTP 403"]),
     "a fault": (text(500, "oops"), ["answers HTTP 500", "try again later"]),
     "too many": (text(429, "slow down"), ["answers HTTP 429"]),
-    "a login page": (text(200, "<html>log in</html>", Content_Type="text/html"), ["something else", "proxy"]),
-    "garbage": (text(200, "\x00\x01", Content_Type="application/json"), ["something else"]),
-    "JSON of something else": (text(200, "[1]", Content_Type="application/json"), ["something else"]),
+    "a login page": (text(200, "<html>log in</html>", Content_Type="text/html"), ["in an unknown way", "proxy"]),
+    "garbage": (text(200, "\x00\x01", Content_Type="application/json"), ["in an unknown way"]),
+    "JSON of something else": (text(200, "[1]", Content_Type="application/json"), ["in an unknown way"]),
 }
 
 
@@ -395,7 +395,7 @@ print(json.dumps([found, oracle, bad, offline]))
     assert [commit for _, _, commit in found] == [SHA, *map(_commit, names), _commit("v2")]
     assert "Bearer hf_secret" in hub.tokens
     assert bad[0] == (f"model '{MODEL}' has no revision 'nope' on the hub {hub.url}; name a branch, a tag or a commit")
-    assert bad[1].endswith("ends with @; write a branch, a tag or a commit behind it")
+    assert bad[1].endswith("ends with @; write a branch, a tag or a commit after it")
     assert offline[0] == found[1]
     assert f"model '{MODEL}@nope' is neither a directory nor in the local hub cache {tmp_path}/elsewhere" in offline[1]
 

@@ -430,7 +430,7 @@ def test_transposed_layers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("codes", [4, "lossless"])
 def test_codes_of_codes_are_refused(codes: int | str, tmp_path: Path) -> None:
     directory = quantized.save_grouped(tmp_path / "model", "awq")
-    with pytest.raises(UnsupportedError, match=r"compress-weight: .* comes quantized already; leave it out"):
+    with pytest.raises(UnsupportedError, match=r"compress-weight: .* is already quantized; leave compress-weight out"):
         Engine.from_pretrained(str(directory), policy={"device": "cpu", "compress-weight": codes})
 
 

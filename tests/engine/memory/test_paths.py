@@ -89,5 +89,5 @@ def test_code_is_not_taken_from_where_others_may_write(cache: Path, monkeypatch:
     """A directory of another user's, which this one cannot take the right from."""
     (cache).mkdir(parents=True)
     monkeypatch.setattr(library, "make_private", lambda folder: None)
-    with pytest.raises(PermissionError, match="may be written to by others"):
+    with pytest.raises(PermissionError, match="is writable by others"):
         library.compiled("x", [Path(__file__)])

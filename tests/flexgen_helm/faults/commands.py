@@ -1,4 +1,4 @@
-"""Commands that are run in a directory of their own, disturbed, and given again."""
+"""Runs commands in directories of their own, disturbs them, and runs them again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Undisturbed commands, beside which the disturbed ones are held."""
+"""Results of undisturbed commands, which those of disturbed ones are compared with."""
 
 from __future__ import annotations
 

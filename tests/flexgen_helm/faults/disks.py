@@ -1,4 +1,4 @@
-"""Disks with little room: file systems of their own, in memory (tmpfs) or in a file (ext4)."""
+"""Small disks: file systems of their own, in memory (tmpfs) or in a file (ext4)."""
 
 from __future__ import annotations
 

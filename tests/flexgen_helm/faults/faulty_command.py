@@ -1,6 +1,6 @@
-"""A command with a fault at a moment of one of its phases: `python faulty_command.py COMMAND ...`, `Fault` in $FAULT.
+"""Runs a command with a fault at a given moment: `python faulty_command.py COMMAND ...`, with a `Fault` in $FAULT.
 
-A program of its own, in a process group of its own. Writes `arrived` when the fault has come, into its directory.
+It is a program of its own in a process group of its own. When the fault occurs, it writes the file `arrived`.
 """
 
 from __future__ import annotations

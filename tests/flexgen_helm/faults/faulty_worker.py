@@ -1,4 +1,4 @@
-"""The program of an engine's process in the process group of the command that started it, as without warm forks."""
+"""The program of a worker process that stays in the process group of its command, as without forked helpers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protects: files that are damaged, or that change, are noticed or do no harm; so do commands at the same time."""
+"""Protects: damaged or changing files, and concurrent commands, are detected or harmless."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_two_sweeps_of_one_suite(make_sweep: MakeSweep, undisturbed_sweep: Sweep
     processes = [sweep.begin() for _ in range(2)]
     said = [process.communicate(timeout=300)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 2], said
-    assert sum("another sweep is at work on suite s" in each for each in said) == 1
+    assert sum("another sweep is running in suite s" in each for each in said) == 1
     sweep.check_like(undisturbed_sweep)
 
 

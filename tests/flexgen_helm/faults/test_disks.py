@@ -1,4 +1,4 @@
-"""Protects: full disks, and reads and writes that fail, end a command in a line; it goes on when they are mended."""
+"""Protects: full disks and I/O errors end a command in a one-line error; it can be resumed once they are repaired."""
 
 from __future__ import annotations
 

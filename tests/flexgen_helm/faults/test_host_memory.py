@@ -1,4 +1,4 @@
-"""Protects: where host memory is short, by a control group's limit or ulimit's, a command does with less or says so."""
+"""Protects: if host memory is limited by a control group or ulimit, a command uses less, or ends in one clear line."""
 
 from __future__ import annotations
 

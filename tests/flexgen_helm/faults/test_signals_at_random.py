@@ -1,4 +1,4 @@
-"""Protects: processes that are killed, interrupted or terminated at any moment lose nothing and leave nothing."""
+"""Protects: processes that are killed, interrupted or terminated at any moment lose no answer and leave no files."""
 
 from __future__ import annotations
 

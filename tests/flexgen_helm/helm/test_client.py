@@ -302,7 +302,7 @@ def test_a_prompt_longer_than_a_fixed_pad_is_found_before(make_client: Clients, 
         ({"messages": [{"role": "user", "content": "Hi"}]}, "both prompt and messages"),
         ({"messages": [{"role": "user", "content": "Hi"}], "prompt": ""}, "without a chat template"),
         ({"num_completions": 0}, "num_completions 0"),
-        ({"max_tokens": 0}, "asks for nothing"),
+        ({"max_tokens": 0}, "requests nothing"),
         ({"temperature": -1.0}, "temperature -1"),
     ],
 )

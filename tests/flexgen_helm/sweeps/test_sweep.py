@@ -584,7 +584,7 @@ with SuiteLock(Path({str(suite("held").absolute())!r})):
         before = sorted(Path().rglob("*"))
         assert cli(*command) == 2
         (line,) = error_lines(capsys)
-        assert f"another sweep is at work on suite held: process {holder.pid} on " in line
+        assert f"another sweep is running in suite held: process {holder.pid} on " in line
         assert ", since 20" in line
         assert sorted(Path().rglob("*")) == before
         assert cli(*command, "--suite", "other") == 0
@@ -669,9 +669,9 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no suite": (["-r", EASY, "--suite", ""], ["name the suite"]),
     "a dry run": (["-r", EASY, "--dry-run"], ["--dry-run is not for sweeps"]),
     "a log that cannot be written": (["-r", EASY, "--json-log", "no/such/log"], ["--json-log no/such/log cannot"]),
-    "different runs of one name": (
+    "different runs with the same name": (
         ["-r", "simple_mcqa:temperature=0.1", "simple_mcqa:temperature=0.2"],
-        ["different runs of one name"],
+        ["different runs with the same name"],
     ),
 }  # fmt: skip
 
