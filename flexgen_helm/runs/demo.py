@@ -61,9 +61,7 @@ def told(scores: Sequence[Score]) -> str:
             lines.append(f"  {asked}: unknown, HELM has no score")
         else:
             lines.append(f"  {asked}: {round(score.value * score.num_instances)} of {score.num_instances}")
-    return "\n".join(
-        [*lines, "An answer counts if it is right except for case, articles and punctuation.", ""]
-    )
+    return "\n".join([*lines, "An answer counts if it is right except for case, articles and punctuation.", ""])
 
 
 def write_facts(countries: Iterable[Mapping[str, Any]], output_path: Path) -> None:
