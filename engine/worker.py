@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 _TURN_S = 0.0005
 """How long a thread may hold the interpreter against others. The one that computes lets go of it with every function of
 torch, and would wait for 5 ms, the default, each time that another thread is at work on jobs."""
+_TELLS = "flexgen-tell"
+"""The name of the thread that tells."""
 _LOOK_S = 0.5
 """How often a process looks whether its parent is still there: a line that others have inherited does not end."""
 
@@ -81,7 +83,8 @@ class Serving:
 
     def run(self) -> None:
         """Open what is asked for and serve it; returns when everything has been told."""
-        sender = threading.Thread(target=self._send, name="flexgen-tell", daemon=True)
+        threading.excepthook = self._end_of_thread
+        sender = threading.Thread(target=self._send, name=_TELLS, daemon=True)
         sender.start()
         threading.Thread(target=self._receive, name="flexgen-hear", daemon=True).start()
         try:
@@ -177,7 +180,16 @@ class Serving:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        self._outbox.put(Fault(error=carried(error)))
+        try:
+            self._outbox.put(Fault(error=carried(error)))
+        except BaseException:  # there is no memory even for that: its end tells
+            os._exit(1)
+
+    def _end_of_thread(self, died: threading.ExceptHookArgs) -> None:
+        """Tell what a thread has died of, for which others would wait for ever; without the one that tells, end."""
+        if died.exc_value is None or died.thread is None or died.thread.name == _TELLS:
+            os._exit(1)
+        self._fail(died.exc_value)
 
     def _receive(self) -> None:
         try:

@@ -62,7 +62,7 @@ class KeptAlive:
         """
         self.deaths: list[str] = []  # how processes have ended that were replaced
         self.given_up: dict[str, str] = {}  # devices that are no longer used, by name, and why
-        self._crew = Crew(openings, self._take, self._died)
+        self._crew = Crew(openings, self._take, self._died, self._end)
         self._observe, self._changed = observe, threading.Condition()
         self._opened: Opened | None = None
         self._is_ready = self._is_closing = False  # ready: the engine has been open on every device
