@@ -47,8 +47,8 @@ lock:
 	rm -rf $(VENV)-lock
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install --quiet -e '.[test,dev,fuzz]'
-	(grep '^#' constraints.txt; $(VENV)-lock/bin/python -m pip freeze --exclude-editable | sed -n 's/^\([^ =]*==[^ +]*\).*/\1/p') \
-		> constraints.new
+	$(VENV)-lock/bin/python -m pip freeze --all --exclude pip --exclude-editable > $(VENV)-lock/frozen
+	(grep '^#' constraints.txt; sed -n 's/^\([^ =]*==[^ +]*\).*/\1/p' $(VENV)-lock/frozen) > constraints.new
 	mv constraints.new constraints.txt
 	rm -rf $(VENV)-lock
 

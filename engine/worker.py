@@ -49,6 +49,8 @@ _TURN_S = 0.0005
 """Seconds that a thread may keep the interpreter lock while others wait for it. The computing thread releases the lock
 with every torch function, and would wait up to 5 ms, the default, each time another thread handles jobs.
 """
+_TELLS = "flexgen-tell"
+"""The name of the thread that sends messages."""
 _LOOK_S = 0.5
 """Seconds between checks that the parent is alive: a pipe that other processes inherited does not close with it."""
 
@@ -82,7 +84,8 @@ class Serving:
 
     def run(self) -> None:
         """Open the requested model and serve it; returns when every message has been sent."""
-        sender = threading.Thread(target=self._send, name="flexgen-tell", daemon=True)
+        threading.excepthook = self._end_of_thread
+        sender = threading.Thread(target=self._send, name=_TELLS, daemon=True)
         sender.start()
         threading.Thread(target=self._receive, name="flexgen-hear", daemon=True).start()
         try:
@@ -178,7 +181,16 @@ class Serving:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        self._outbox.put(Fault(error=carried(error)))
+        try:
+            self._outbox.put(Fault(error=carried(error)))
+        except BaseException:  # there is no memory even for that: its end tells
+            os._exit(1)
+
+    def _end_of_thread(self, died: threading.ExceptHookArgs) -> None:
+        """Tell what a thread has died of, for which others would wait for ever; without the one that tells, end."""
+        if died.exc_value is None or died.thread is None or died.thread.name == _TELLS:
+            os._exit(1)
+        self._fail(died.exc_value)
 
     def _receive(self) -> None:
         try:

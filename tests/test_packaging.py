@@ -7,10 +7,12 @@ import importlib
 import subprocess
 import sys
 import zipfile
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,3 +110,35 @@ def test_importing_it_loads_neither_torch_nor_helm_run(module: str) -> None:
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip() == "[]"
+
+
+def test_constraints_pin_all_that_tests_and_checks_install() -> None:
+    """Through what is needed by what is needed, as far as this machine's environment has it."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(name): version
+        for name, is_pin, version in (line.partition("==") for line in lines if not line.startswith("#"))
+        if is_pin
+    }
+    extras = setup["options.extras_require"]
+    named = [setup["options"]["install_requires"], extras["test"], extras["dev"]]
+    left = [Requirement(line) for text in named for line in text.splitlines() if line.strip()]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while left:
+        needed = left.pop()
+        key = (canonicalize_name(needed.name), frozenset(needed.extras))
+        if key in seen:
+            continue
+        seen.add(key)
+        assert key[0] in pins, needed
+        assert needed.specifier.contains(pins[key[0]], prereleases=True), (needed, pins[key[0]])
+        try:
+            further = requires(needed.name) or []
+        except PackageNotFoundError:
+            continue
+        for each in map(Requirement, further):
+            if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in needed.extras or {""}):
+                left.append(each)
+    assert len(seen) > 50

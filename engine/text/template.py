@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ MOST_BYTES = 2 << 30
 """The same limit in bytes of memory, which one step may ask for: enough for what the process does meanwhile."""
 MOST_CHARACTERS = 1_000_000
 """The most characters of its text; the longest instructions that templates write have some ten thousand."""
+_LIMITING = threading.Lock()
 _OWN_CODE = "<template>"
 """The file name of a compiled template's frames."""
 _USER, _SYSTEM, _ANSWER = ({"role": role, "content": "a"} for role in ("user", "system", "assistant"))
@@ -104,15 +106,19 @@ def _counting_steps() -> Iterator[None]:
 
 @contextmanager
 def _little_memory() -> Iterator[None]:
-    """Inside, this process may take `MOST_BYTES` more of memory; who asks for more gets `MemoryError`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    limits = [each for each in (taken + MOST_BYTES, soft, hard) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    """Inside, this process may take `MOST_BYTES` more of memory; who asks for more gets `MemoryError`.
+
+    One thread at a time: the limit is the process's, and each restores what it has found.
+    """
+    with _LIMITING:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        limits = [each for each in (taken + MOST_BYTES, soft, hard) if each != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def names_in_template(template: str) -> set[str]:

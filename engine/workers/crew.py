@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from engine.errors import EngineError, named
 from engine.workers.messages import Close, Open, Tells, Told
 from engine.workers.place import Place
 from engine.workers.process import WorkerProcess
@@ -21,8 +22,11 @@ class Crew:
     Not thread-safe: the caller holds a lock of its own during each call.
     """
 
-    def __init__(self, openings: Sequence[Open], take: Take, ended: Ended) -> None:
-        """Make one place for each of `openings`; `take` gets the messages of processes, `ended` how each has ended."""
+    def __init__(self, openings: Sequence[Open], take: Take, ended: Ended, fail: Callable[[EngineError], None]) -> None:
+        """`openings`: what is opened on each device; `take` and `ended` hear what processes tell, and of their end.
+
+        `fail` hears why `ended` could not do what follows from that.
+        """
         member = openings[0].member
         self.is_staged = member is not None and member.stages
         """Whether each process holds one stage of the model; only the first gets jobs, and all share its number."""
@@ -30,7 +34,7 @@ class Crew:
         """The places in use."""
         self.is_several = len(openings) > 1
         """Whether the engine began with more than one device."""
-        self._take, self._ended = take, ended
+        self._take, self._died, self._fail = take, ended, fail
         self._weights: int | None = None
         self._meeting: Path | None = None
 
@@ -131,6 +135,13 @@ class Crew:
                 process.send(Close())
         self._forget_shared()
         return closing
+
+    def _ended(self, place: Place, process: WorkerProcess, how: str) -> None:
+        try:
+            self._died(place, process, how)
+        except Exception as error:  # there is too little memory for another process, say; who waits is told
+            told = f"the engine's process ended ({how}), and the engine cannot go on: {named(error)}"
+            self._fail(EngineError(told))
 
     def _make_shared(self) -> None:
         self._forget_shared()

@@ -62,7 +62,7 @@ class KeptAlive:
         """
         self.deaths: list[str] = []  # how each process ended that was replaced
         self.given_up: dict[str, str] = {}  # devices no longer used: name -> how their last process ended
-        self._crew = Crew(openings, self._take, self._died)
+        self._crew = Crew(openings, self._take, self._died, self._end)
         self._observe, self._changed = observe, threading.Condition()
         self._opened: Opened | None = None
         self._is_ready = self._is_closing = False  # ready: the model has been opened on every device

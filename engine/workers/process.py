@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.spawn import get_executable
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, named
 from engine.planning.hardware import Memory
 from engine.policy import Policy
 from engine.workers.messages import Check, Checked, Close, Fault, Look, Open, Seen, Tells, Told
@@ -137,19 +137,25 @@ class WorkerProcess:
 
     def _listen(self, tell: Callable[[Tells], None], ended: Callable[[str], None]) -> None:
         line: Connection = self._line
-        with contextlib.suppress(EOFError, OSError):
+        heard = ""
+        try:
             while True:
                 if line.poll(_LOOK_S):
                     tell(line.recv())
                 elif self._process.poll() is not None and not line.poll():
                     break
+        except (EOFError, OSError):
+            pass
+        except Exception as error:  # there is too little memory for what it says: none of it is heard any more
+            heard = f"what it said could not be taken in: {named(error)}; "
+            self.kill()
         try:
             self._process.wait(_LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             self.kill()
         with self._sending:
             line.close()
-        ended(_described(self._process.returncode))
+        ended(heard + _described(self._process.returncode))
 
 
 def _is_open(descriptor: int) -> bool:

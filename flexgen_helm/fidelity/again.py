@@ -10,19 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import cattrs
+from helm.benchmark.annotation.annotator import Annotator
+from helm.benchmark.augmentations.perturbation import Perturbation
 from helm.benchmark.executor import ExecutionSpec
+from helm.benchmark.metrics.metric import MetricInterface
 from helm.benchmark.model_deployment_registry import ModelDeployment
 from helm.benchmark.model_metadata_registry import ModelMetadata
 from helm.benchmark.run_spec import RunSpec
+from helm.benchmark.scenarios.scenario import Scenario
 from helm.benchmark.tokenizer_config_registry import TokenizerConfig, register_tokenizer_config
+from helm.benchmark.window_services.window_service import WindowService
 from helm.common.authentication import Authentication
 from helm.common.codec import from_json
+from helm.common.object_spec import ObjectSpec
+from helm.tokenizers.tokenizer import Tokenizer
 
 from engine.checkpoint.identity.result import differences, result_identity
-from engine.errors import CheckpointError, ConfigError, EngineError, shown
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.policy import Policy
 from engine.reading import read_bytes
 from flexgen_helm.helm.completed import MOST_BYTES, damaged_files
+from flexgen_helm.helm.records.named_classes import named_class
 from flexgen_helm.helm.records.provenance import Provenance
 from flexgen_helm.helm.runner import RunsFailed
 from flexgen_helm.judging.kinds import needs_judge
@@ -41,8 +49,6 @@ from flexgen_helm.terminal.errors import RunFailed
 from flexgen_helm.terminal.progress import Progress
 
 _SUITE = "again"
-_TRUSTED = ("helm", "flexgen_helm")
-"""Packages whose classes the files of a run may name."""
 _OF_SOFTWARE = ("numerics", "source")
 """The parts of an identity that describe the software, not the checkpoint: a run may be repeated with other
 software."""
@@ -73,12 +79,8 @@ def _run_spec(run_path: Path) -> RunSpec:
     if damaged := list(damaged_files(run_path)):
         raise ConfigError(f"{run_path} is no finished run: {', '.join(damaged)} cannot be read; run it again")
     run_spec: RunSpec = from_json(read_bytes(run_path / "run_spec.json", ConfigError, limit=MOST_BYTES), RunSpec)
-    for named_class in _class_names(run_spec):
-        if named_class.partition(".")[0] not in _TRUSTED:
-            raise ConfigError(
-                f"{run_path} names the class {shown(named_class)}, whose code would be run and which is neither "
-                "HELM's nor ours; run the entry itself again if you trust it"
-            )
+    for spec, kind in _named_objects(run_spec):
+        _check_class(spec.class_name, kind, str(run_path))
     if needs_judge(run_spec):
         raise ConfigError(
             f"{run_path} was judged by another model, whose verdicts are not reproduced; to compare answers, run the "
@@ -87,12 +89,24 @@ def _run_spec(run_path: Path) -> RunSpec:
     return run_spec
 
 
-def _class_names(run_spec: RunSpec) -> Iterator[str]:
-    """Yield the names of all classes of which HELM creates objects when it executes the run."""
+def _named_objects(run_spec: RunSpec) -> Iterator[tuple[ObjectSpec, type[Any]]]:
+    """All that HELM makes objects of when it runs the run, and what they are to be."""
+    yield run_spec.scenario_spec, Scenario
+    for spec in run_spec.metric_specs:
+        yield spec, MetricInterface
+    for annotator in run_spec.annotators or ():
+        yield annotator, Annotator
     augmenter = run_spec.data_augmenter_spec
-    specs = [run_spec.scenario_spec, *run_spec.metric_specs, *(run_spec.annotators or ())]
-    for spec in [*specs, *(augmenter.perturbation_specs if augmenter else ())]:
-        yield spec.class_name
+    for perturbation in augmenter.perturbation_specs if augmenter else ():
+        yield perturbation, Perturbation
+
+
+def _check_class(name: str, kind: type[Any], where: str) -> None:
+    """Raise `ConfigError` for a class that the files of a run may not name."""
+    try:
+        named_class(name, kind)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}; run the entry itself again if you trust it") from None
 
 
 def _entries(found: Provenance) -> Entries:
@@ -104,6 +118,9 @@ def _entries(found: Provenance) -> Entries:
         policy = {**found.policy, "dtype": found.identity["dtype"]}
         args = {**deployment["client_spec"]["args"], "policy": policy}
         spec = {**found.entries["tokenizer"]["tokenizer_spec"]}
+        _check_class(spec["class_name"], Tokenizer, f"the record of {found.run}")
+        if window := deployment.get("window_service_spec"):
+            _check_class(window["class_name"], WindowService, f"the record of {found.run}")
         spec["args"] = {**(spec.get("args") or {}), **WITHOUT_CODE}
         tokenizer = _structured({**found.entries["tokenizer"], "tokenizer_spec": spec}, TokenizerConfig)
         deployment = {**deployment, "client_spec": {"class_name": CLIENT, "args": args}}

@@ -15,7 +15,7 @@ from engine.reading import read_bytes
 from flexgen_helm.fidelity.verdict import TOLERANCES
 from flexgen_helm.helm.completed import MOST_BYTES
 from flexgen_helm.helm.records.provenance import Provenance
-from flexgen_helm.helm.scores import choose, main_metric
+from flexgen_helm.helm.scores import choose, recorded_main_metric
 
 MOST_DIFFERENCES = 20
 """The most differing answers, and names of differing statistics, that are reported."""
@@ -242,8 +242,7 @@ def _parts(name: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _scores(spec: Mapping[str, Any], before: Path, after: Path) -> tuple[str, list[float | None]]:
-    scenario = spec["scenario_spec"]
-    metric, split = main_metric(str(scenario["class_name"]), json.dumps(scenario.get("args") or {}, sort_keys=True))
+    metric, split = recorded_main_metric(spec["scenario_spec"])
     model = str(spec["adapter_spec"].get("model"))
     found = [choose(_load(path / "stats.json"), str(spec["name"]), model, metric, split) for path in (before, after)]
     return f"{found[0].metric} ({found[0].split})", [each.value for each in found]

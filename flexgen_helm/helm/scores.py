@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import ConfigError
 from engine.reading import read_json
+from flexgen_helm.helm.records.named_classes import named_class
 from flexgen_helm.terminal.columns import columns
 
 if TYPE_CHECKING:
@@ -124,6 +125,18 @@ def table(scores: Sequence[Score]) -> str:
 def is_plain(name: dict[str, Any]) -> bool:
     """Whether a statistic's name is that of unperturbed instances of a whole split."""
     return "perturbation" not in name and "sub_split" not in name
+
+
+def recorded_main_metric(scenario: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The main metric and split of the scenario that a run's file names; unknown where that is not to be trusted."""
+    from helm.benchmark.scenarios.scenario import Scenario
+
+    name = str(scenario["class_name"])
+    try:
+        named_class(name, Scenario)
+    except ConfigError:
+        return None, None
+    return main_metric(name, json.dumps(scenario.get("args") or {}, sort_keys=True))
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from engine.errors import ConfigError
 from engine.reading import read_bytes
 from flexgen_helm.helm.completed import MOST_BYTES, num_unanswered
-from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, main_metric
+from flexgen_helm.helm.records.named_classes import named_class
+from flexgen_helm.helm.scores import FALLBACK_METRICS, Score, choose, is_plain, recorded_main_metric
 from flexgen_helm.sweeps.record import FILE_NAME, Lengths, ModelRecord, RunRecord, SweepRecord, read_record
 
 Status = Literal["done", "failed", "skipped", "unjudged", "unfinished"]
@@ -202,7 +203,7 @@ def _model_in(name: str) -> str:
 def _read_files(path: Path) -> tuple[str, str, tuple[Mapping[str, Any], ...], Score]:
     spec = _load(path / "run_spec.json")
     adapter, scenario = spec["adapter_spec"], spec["scenario_spec"]
-    metric, split = main_metric(str(scenario["class_name"]), json.dumps(scenario.get("args") or {}, sort_keys=True))
+    metric, split = recorded_main_metric(scenario)
     model = str(adapter["model"])
     score = choose(_load(path / "stats.json"), path.name, model, metric, split)
     if score.value is not None and not math.isfinite(score.value):
@@ -267,10 +268,11 @@ def is_lower_better(run: Run) -> bool:
         return metric in LOWER_IS_BETTER  # asking takes seconds, because HELM's metrics load what they need
     for spec in run.metric_specs:
         try:
-            from helm.benchmark.metrics.metric import MetricSpec, create_metric
+            from helm.benchmark.metrics.metric import MetricInterface, MetricSpec, create_metric
 
+            named_class(spec["class_name"], MetricInterface)
             told = create_metric(MetricSpec(class_name=spec["class_name"], args=spec.get("args") or {})).get_metadata()
-        except Exception:  # it lacks a package, or does not say
+        except Exception:  # it lacks a package, knows nothing of itself, or is not to be trusted
             continue
         for each in told:
             if each.name == metric and each.lower_is_better is not None:

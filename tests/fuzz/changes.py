@@ -51,7 +51,8 @@ def changed(documents: Sequence[Any], keys: Sequence[str] = (), more: Sequence[A
 
     `keys` are those that the document's readers know, `more` values that they know.
     """
-    new, names = values(*more), [*keys, *TEXTS]
+    # Copies: what is changed in a list may be that list, which then would hold itself, here and in later cases.
+    new, names = values(*more).map(copy.deepcopy), [*keys, *TEXTS]
     numbers = st.integers(0, (1 << 16) - 1)
 
     @st.composite

@@ -76,8 +76,10 @@ def enter_all(name: str, cases: int, seed: int, state: Path, atheris: Any) -> No
     corpus.mkdir()
     for number in range(100):
         (corpus / str(number)).write_bytes(chosen.randbytes(chosen.randint(10, 500)))
-    options = [f"-seed={seed}", "-max_len=500", "-len_control=0", "-timeout=0", "-rss_limit_mb=0"]
-    atheris.Setup([sys.argv[0], *options, "-handle_int=0", "-handle_term=0", str(corpus)], guided)
+    # No limit but the door's: under `-timeout=0` atheris ends the process when the first case takes a second.
+    options = [f"-seed={seed}", "-max_len=500", "-len_control=0", "-timeout=1000000", "-rss_limit_mb=0"]
+    options += ["-handle_int=0", "-handle_term=0", f"-artifact_prefix={state}/"]
+    atheris.Setup([sys.argv[0], *options, str(corpus)], guided)
     atheris.Fuzz()
     raise AssertionError("it goes on until there are enough cases")
 

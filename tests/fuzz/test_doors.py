@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 sys.path.insert(0, str(Path(__file__).parent))  # as in `python tests/fuzz`
 
 import files
+from changes import OTHERS, changed
 from door import ACCEPTED, REFUSED, BadLine, Tally, check_line
 from doors import DOORS
 
@@ -68,6 +70,20 @@ def test_what_is_neither_is_a_find_of_its_kind_with_the_shortest_case() -> None:
         tally.enter(let_in, case)
     assert dict(tally.outcomes) == {ACCEPTED: 1, REFUSED: 1}
     assert sorted((find.case, find.count) for find in tally.finds.values()) == [("'fault'", 2), ("'two lines'", 1)]
+
+
+def test_no_case_changes_what_later_ones_are_made_of() -> None:
+    """A list that was put in, and then into itself, has no end."""
+    before, chosen = copy.deepcopy(OTHERS), random.Random(0)
+
+    @settings(database=None, deadline=None)
+    @given(changed([{"a": 1, "b": [2]}]))
+    def look(_: Any) -> None:
+        return
+
+    for _ in range(100):
+        look.hypothesis.fuzz_one_input(chosen.randbytes(400))  # type: ignore[attr-defined]
+    assert before == OTHERS
 
 
 def test_a_case_without_end_is_a_find() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +90,20 @@ def test_a_chat_template_that_takes_all_memory_is_refused(kind: str, monkeypatch
     tokenizer.chat_template = TEMPLATES[kind]
     with pytest.raises(CheckpointError, match="takes more than 268,435,456 bytes of memory"):
         check_template_ends(tokenizer)
+
+
+def test_templates_that_are_checked_at_once_leave_no_limit_behind() -> None:
+    before, meet = resource.getrlimit(resource.RLIMIT_DATA), threading.Barrier(2)
+
+    def look(waits_s: float) -> None:
+        meet.wait()
+        time.sleep(waits_s)
+        with template._little_memory():
+            time.sleep(0.1)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(look, (0.0, 0.05)))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_a_chat_template_that_writes_without_end_is_refused() -> None:

@@ -91,3 +91,12 @@ def test_code_is_not_taken_from_where_others_may_write(cache: Path, monkeypatch:
     monkeypatch.setattr(library, "make_private", lambda folder: None)
     with pytest.raises(PermissionError, match="is writable by others"):
         library.compiled("x", [Path(__file__)])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives directories to other users")
+def test_nor_from_another_users(cache: Path) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    cache.chmod(0o755)
+    os.chown(cache, 12345, -1)
+    with pytest.raises(PermissionError, match="may be written to by others"):
+        library.compiled("x", [Path(__file__)])

@@ -12,7 +12,12 @@ import torch
 from engine import Engine, Policy, worker
 from engine.executor import Executor
 
-KILLS, RAISES, RUNS_OUT, SLOW, FAILS_ON_SECOND = 401, 402, 403, 404, 405
+KILLS, RAISES, RUNS_OUT, SLOW, FAILS_ON_SECOND, WORDLESS, MUTE = 401, 402, 403, 404, 405, 406, 407
+
+
+def no_memory(*_: Any) -> Any:
+    """As under a limit of memory that is reached."""
+    raise MemoryError
 
 
 def main(line: int) -> None:
@@ -36,7 +41,11 @@ def main(line: int) -> None:
         first |= {span.tokens[0] for batch in batches for segment in batch for span in segment.span.chain}
         if KILLS in first:
             os.kill(os.getpid(), signal.SIGKILL)
-        if RAISES in first:
+        if WORDLESS in first:
+            worker.carried = no_memory  # type: ignore[assignment]
+        if MUTE in first:
+            worker.Connection.send = no_memory  # type: ignore[method-assign]
+        if first & {RAISES, WORDLESS, MUTE}:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         if FAILS_ON_SECOND in first and device == "cpu:1":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -16,18 +17,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from engine import Engine, EngineError, Job, Policy, Sampling
 from engine.checkpoint.description import describe
 from engine.errors import CheckpointError, JobError
-from engine.workers import process
+from engine.workers import place, process
+from engine.workers.kept_alive import KeptAlive
 from engine.workers.remote_engine import RemoteEngine
 
 sys.path.insert(0, str(Path(__file__).parent))  # where workers of these tests find `faulty_worker`, too
-from faulty_worker import KILLS, RAISES, RUNS_OUT, SLOW
+from faulty_worker import KILLS, MUTE, RAISES, RUNS_OUT, SLOW, WORDLESS
 
 ON_CPU = Policy(device="cpu")
 
@@ -140,8 +142,17 @@ def test_a_killed_process_is_replaced(remote: RemoteEngine, here: Engine, caplog
     assert "killed by signal 9" in caplog.text
 
 
+REASONS = [
+    (RAISES, "illegal memory access"),
+    (KILLS, "by signal 9"),
+    pytest.param(WORDLESS, "exit code 1", marks=pytest.mark.faults),
+    pytest.param(MUTE, "exit code 1", marks=pytest.mark.faults),
+]
+"""How an engine's process ends, and what is told of it; the last two lack the memory to say what has happened."""
+
+
 @pytest.mark.usefixtures("faulty", "warm_processes")
-@pytest.mark.parametrize(("fault", "reason"), [(RAISES, "illegal memory access"), (KILLS, "by signal 9")])
+@pytest.mark.parametrize(("fault", "reason"), REASONS)
 def test_a_job_that_ends_its_process_fails_alone(model: str, fault: int, reason: str) -> None:
     asked = [Job(prompt=[9, number], max_new_tokens=2) for number in range(8)]
     asked[5] = Job(prompt=[fault, 5], max_new_tokens=2)
@@ -152,6 +163,37 @@ def test_a_job_that_ends_its_process_fails_alone(model: str, fault: int, reason:
         assert reason in str(found[5].error)
         assert engine.run([Job(prompt=[6], max_new_tokens=1)])[0].error is None
         assert len(engine.deaths) <= 4  # two before it is suspected, at most one with its neighbour, one alone
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_answers_that_cannot_be_taken_in_are_asked_for_again(
+    remote: RemoteEngine, here: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, deliver = [Job(prompt=[9, number], max_new_tokens=2) for number in range(3)], KeptAlive._deliver
+
+    def first_without_memory(*_: Any) -> None:
+        monkeypatch.setattr(KeptAlive, "_deliver", deliver)
+        raise MemoryError
+
+    monkeypatch.setattr(KeptAlive, "_deliver", first_without_memory)
+    with caplog.at_level(logging.WARNING):
+        assert remote.run(asked) == here.run(asked)
+    assert "what it said could not be taken in: MemoryError" in caplog.text
+
+
+@pytest.mark.usefixtures("warm_processes")
+def test_where_no_other_process_can_be_started_who_waits_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> NoReturn:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with RemoteEngine(model, ON_CPU) as engine:
+        monkeypatch.setattr(place, "WorkerProcess", no_memory)
+        os.kill(pid_of(engine), signal.SIGSTOP)
+        asking = threading.Timer(0.2, os.kill, (pid_of(engine), signal.SIGKILL))
+        asking.start()
+        with pytest.raises(EngineError, match=r"by signal 9 .*, and the engine cannot go on: OSError: .* memory"):
+            engine.run([Job(prompt=[6], max_new_tokens=1)])
+        asking.join()
 
 
 def test_too_little_memory_ends_no_process(remote: RemoteEngine, here: Engine) -> None:

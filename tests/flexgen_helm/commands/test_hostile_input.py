@@ -7,6 +7,7 @@ import json
 import re
 import socket
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,8 +19,10 @@ from engine.errors import ConfigError
 from engine.policy import Policy
 from flexgen_helm.helm.requests.model_sampling import ModelSampling
 from flexgen_helm.helm.requests.shaping import Shaping
+from flexgen_helm.helm.scores import Score
 from flexgen_helm.run import COMMANDS, main
 from flexgen_helm.runs.names import check_suite_name, default_model_name
+from flexgen_helm.suites.suite import is_lower_better, read_suite
 
 ESCAPE = "\x1b]0;title\x07\x1b[31m\x9b2J\u202e"
 CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -64,6 +67,22 @@ def test_neither_is_one_that_names_of_runs_hold(command: str, tmp_path: Path) ->
     assert code in (0, 1)
     assert sent
     assert not CONTROLS.search(sent)
+
+
+@pytest.mark.parametrize("function", ["subprocess.call", "helm.common.general.shell"])
+def test_files_of_a_suite_choose_no_code_that_is_run(function: str, tmp_path: Path) -> None:
+    suite = make_suite(tmp_path / "runs", "hostile", {"subject": answers(3)})
+    for file in suite.glob("*/run_spec.json"):
+        spec = json.loads(file.read_text())
+        # A metric that is not among those of which it is known which way is better: its class is asked.
+        spec["scenario_spec"] = {"class_name": function, "args": {"args": ["touch", str(tmp_path / "it-ran")]}}
+        spec["metric_specs"] = [spec["scenario_spec"]]
+        file.write_text(json.dumps(spec))
+    run = replace(next(iter(read_suite(suite).runs.values())), score=Score("run", "model", "odd", "test", 3, 1.0))
+    assert not is_lower_better(run)
+    for line in (["report", str(suite)], ["compare", str(suite), str(suite)]):
+        assert shown(line)[0] == 0
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_nor_one_that_files_of_a_model_hold(tmp_path: Path) -> None:

@@ -218,7 +218,11 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "no checkpoint": (lambda run: _with(run, identity={"dtype": "float32"}), "does not say which checkpoint answered"),
     "a pipe": (lambda run: _piped(run), "stats.json is a pipe; a regular file is expected there"),
     "another client": (lambda run: _client(run, "os.system"), "the record names the client os.system"),
-    "another's code": (lambda run: _scenario(run, "subprocess.Popen"), "names the class 'subprocess.Popen'"),
+    "another's code": (lambda run: _scenario(run, "subprocess.Popen"), "'subprocess.Popen' is named where a Scenario"),
+    "a function": (lambda run: _scenario(run, "helm.common.general.shell"), "is named where a Scenario is expected"),
+    "a module": (lambda run: _scenario(run, "nobodys.Scenario"), "which is neither HELM's nor an installed plugin's"),
+    "a tokenizer": (lambda run: _tokenizer(run, "os.system"), "'os.system' is named where a Tokenizer is expected"),
+    "a window": (lambda run: _window(run, "os.system"), "'os.system' is named where a WindowService is expected"),
     "a torn run": (lambda run: _torn(run), "is no finished run: per_instance_stats.json cannot be read"),
 }
 
@@ -249,6 +253,18 @@ def _scenario(run: Path, name: str) -> Path:
     spec["scenario_spec"] = {"class_name": name, "args": {"args": ["touch", "it-ran"]}}
     (run / "run_spec.json").write_text(json.dumps(spec))
     return _with(run)
+
+
+def _tokenizer(run: Path, name: str) -> Path:
+    entries = json.loads((run / FILE_NAME).read_text())["entries"]
+    entries["tokenizer"]["tokenizer_spec"]["class_name"] = name
+    return _with(run, entries=entries)
+
+
+def _window(run: Path, name: str) -> Path:
+    entries = json.loads((run / FILE_NAME).read_text())["entries"]
+    entries["deployment"]["window_service_spec"] = {"class_name": name, "args": {"command": "touch it-ran"}}
+    return _with(run, entries=entries)
 
 
 def _piped(run: Path) -> Path:
