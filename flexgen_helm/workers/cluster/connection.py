@@ -82,7 +82,11 @@ def _join(ray: Any, address: str) -> None:
         _within(_CONNECT_S, lambda: ray.init(address=address, **_SETTINGS))
     except TimeoutError:
         within = f"{_ANSWER_S + _CONNECT_S:.0f} s"
-        raise ConfigError(f"--ray {address}: no Ray cluster has answered within {within}") from None
+        # Ray sends its token to clusters that it finds by itself, but to no address that was given.
+        raise ConfigError(
+            f"--ray {address}: no Ray cluster has let this command in within {within}; one that asks for a token "
+            "(`ray start` does where ~/.ray/auth_token is) needs RAY_AUTH_MODE=token"
+        ) from None
     except Exception as error:
         line = one_line(error)
         if "ersion mismatch" in line:
