@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from engine.asking.front import Front
 from engine.asking.pending import Call, Pending
+from engine.errors import EngineError
 from engine.hosts.messages import HostOpened, Opening
 from engine.hosts.serving import Running
 from engine.job import Completion, Job
@@ -72,7 +73,8 @@ class SleepingEngine(Front):
                 while not self._waiting and not self._is_closing:
                     self._changed.wait()
                 if self._is_closing:
-                    return
+                    waiting, self._waiting = self._waiting, []
+                    break
                 sweep, rows = [], 0
                 while self._waiting and len(sweep) < JOBS and rows < ROWS:
                     sweep.append(self._waiting.pop(0))
@@ -88,6 +90,8 @@ class SleepingEngine(Front):
                 self.observer(_timing(begun, rows, len(sweep)))
             for call, done in by_call.values():
                 call.put(done)
+        for left in {id(call): call for call, _, _ in waiting}.values():
+            left.put(EngineError("the engine was closed while this job was waiting"))
 
 
 def _timing(begun: float, rows: int, count: int) -> SweepTiming:

@@ -117,7 +117,8 @@ class Driver:
             for each in list(self._hosts.values()):
                 self._part(each)
             until = time.monotonic() + wait_s
-            while self._hosts and (left_s := until - time.monotonic()) > 0:
+            # After a fault nobody waits for answers, and hosts may be out of reach.
+            while self._hosts and self._fault is None and (left_s := until - time.monotonic()) > 0:
                 self._changed.wait(left_s)
             for each in list(self._hosts.values()):
                 each.host.kill()
@@ -175,6 +176,10 @@ class Driver:
     # Messages of hosts, in any thread
 
     def _take(self, host: Standing, told: HostTells) -> None:
+        with self._changed:
+            if host.number not in self._hosts:
+                return  # it was given up
+            host.last_heard = self._clock()
         if isinstance(told, HostSwept):
             name = f"{host.host.name}/{told.timing.device}"
             try:
@@ -183,8 +188,7 @@ class Driver:
                 self.fail(EngineError(f"the observer of sweeps failed: {named(error)}"))
         with self._changed:
             if host.number not in self._hosts:
-                return  # it was given up
-            host.last_heard = self._clock()
+                return
             if isinstance(told, Done):
                 if host.is_trusted:
                     self._deliver(told.completions.unpack())

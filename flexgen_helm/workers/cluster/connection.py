@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -19,6 +20,8 @@ _CONNECT_S = 15.0
 """Seconds within which a cluster whose port is open must admit this process."""
 _START_S = 180.0
 """Seconds within which a cluster must start on this machine; it takes a few unless the machine is busy."""
+_AGAIN_S = 60.0
+"""Seconds of that which must be left for another try."""
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_AUTO_CONNECT": "0"}
 """Defaults of Ray's environment variables: no usage statistics, and no cluster is started without being asked for."""
 
@@ -93,10 +96,16 @@ def _join(ray: Any, address: str) -> None:
 
 def _start(ray: Any, num_workers: int | None) -> None:
     cores = max(os.cpu_count() or 1, num_workers or 1)
-    try:
-        _within(_START_S, lambda: ray.init(address="local", num_cpus=cores, include_dashboard=False, **_SETTINGS))
-    except Exception as error:
-        raise EngineError(f"a Ray cluster cannot be started on this machine: {one_line(error)}") from error
+    until = time.monotonic() + _START_S
+    while True:
+        left_s = until - time.monotonic()
+        try:
+            _within(left_s, lambda: ray.init(address="local", num_cpus=cores, include_dashboard=False, **_SETTINGS))
+            return
+        except Exception as error:
+            # Ray gives a busy machine half a minute; what it has begun by then ends with the thread that began it.
+            if "timed out during startup" not in str(error) or time.monotonic() > until - _AGAIN_S:
+                raise EngineError(f"a Ray cluster cannot be started on this machine: {one_line(error)}") from error
 
 
 def _check_answers(address: str) -> None:

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from engine.hosts.serving import Running
 from flexgen_helm.workers.cluster.actor import HostActor
 from flexgen_helm.workers.cluster.ray_host import HEARING, RayHost, how_ended
 from flexgen_helm.workers.cluster.room import told_room
-from flexgen_helm.workers.cluster.slots import Slot, Wanted, nodes_of, slots_of
+from flexgen_helm.workers.cluster.slots import Node, Slot, Wanted, nodes_of, slots_of
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,10 @@ class _Coming:
 
 
 class RaySupply:
-    """Implements `Supply` over Ray; everything but `close` and `lost` runs in a thread of its own."""
+    """Implements `Supply` over Ray.
+
+    One thread hears workers; another one asks the cluster for its machines, which takes as long as its head is away.
+    """
 
     def __init__(
         self,
@@ -78,9 +81,12 @@ class RaySupply:
     def begin(self, join: Callable[[Host], None], fail: Callable[[EngineError], None]) -> None:
         """See `Supply.begin`."""
         self._join, self._fail = join, fail
+        self._say_at = time.monotonic() + _SAY_FIRST_S
+        nodes = self._nodes()
         with self._lock:
-            self._start_wanted()
-        threading.Thread(target=self._run, name="flexgen-ray", daemon=True).start()
+            self._start_wanted(nodes)
+        for name, step in (("flexgen-ray", self._hear), ("flexgen-machines", self._look)):
+            threading.Thread(target=self._run, args=(step,), name=name, daemon=True).start()
 
     def lost(self, host: Host, loss: Loss) -> bool:
         """See `Supply.lost`."""
@@ -91,7 +97,7 @@ class RaySupply:
                 return False
             self._deaths[place] = 0 if loss.has_swept else self._deaths[place] + 1
             slot = host.slot
-            is_there = slot.node is None or any(node.id == slot.node for node in self._nodes())
+            is_there = slot.node is None or self._has(slot.node)
             is_hopeless = loss.kind == "refused" or self._deaths[place] >= _MOST_DEATHS
             if is_there and not is_hopeless and not (loss.kind == "left" and slot.node is not None):
                 self._start(slot, place)
@@ -114,12 +120,19 @@ class RaySupply:
             self._hearing.clear()
             self._hosts.clear()
 
-    def _nodes(self) -> Any:
+    def _nodes(self) -> list[Node]:
         return nodes_of(self._ray.nodes())
 
-    def _start_wanted(self) -> None:
+    def _has(self, node: str) -> bool:
+        """Whether the cluster has a machine; yes where it does not say: a worker that finds none comes back."""
+        try:
+            return any(each.id == node for each in self._nodes())
+        except Exception:
+            return True
+
+    def _start_wanted(self, nodes: Sequence[Node]) -> None:
         """Start the workers that were asked for, or those of machines that have joined."""
-        slots = slots_of(self._wanted, self._nodes())
+        slots = slots_of(self._wanted, nodes)
         new = [slot for slot in slots if slot.node is None or slot.node not in self._served_nodes]
         if self._wanted.workers is not None and self._served_nodes:
             return
@@ -130,40 +143,35 @@ class RaySupply:
     def _start(self, slot: Slot, place: int) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        if self._closing.is_set():  # nobody would end it before the command ends
+            return
         strategy = "SPREAD" if slot.node is None else NodeAffinitySchedulingStrategy(slot.node, soft=False)
         options = {"num_gpus": slot.gpus, "num_cpus": slot.cpus, "scheduling_strategy": strategy}
         actor = self._actors.options(max_restarts=0, max_task_retries=0, **options).remote(self._open_engine)
         self._coming[actor.hello.remote()] = _Coming(actor, slot, place)
 
-    def _run(self) -> None:
-        started = looked = time.monotonic()
-        say_at = started + _SAY_FIRST_S
+    def _run(self, step: Callable[[], None]) -> None:
         while not self._closing.is_set():
             try:
-                self._hear()
-                now = time.monotonic()
-                with self._lock:
-                    if is_time := now - looked >= _NODES_S:
-                        looked = now
-                        self._start_wanted()
-                    if now >= say_at and (self._coming or not self._served_nodes):
-                        say_at = now + _SAY_S
-                        _log.warning("%s", self._waiting())
-                if is_time:
-                    self._tell_drained()
-            except Exception as error:  # else the workers' messages would no longer be read
+                step()
+            except Exception as error:  # nobody would hear the workers any more
                 if not self._closing.is_set():
                     self._fail(EngineError(f"the connection to the cluster is lost: {one_line(error)}"))
                 return
 
-    def _waiting(self) -> str:
-        if not self._coming:
-            return (
-                f"no machine is there yet for a worker: {told_room(self._ray)}; a cluster that grows needs --workers N"
-            )
-        slot, count = next(iter(self._coming.values())).slot, len(self._coming)
-        who = f"{count} workers of {slot} each wait" if count > 1 else f"a worker of {slot} waits"
-        return f"{who} for room: {told_room(self._ray)}"
+    def _look(self) -> None:
+        """Start workers on machines that are new, let those leave whose machines go, and say who has not come."""
+        if self._closing.wait(_NODES_S):
+            return
+        nodes = self._nodes()
+        with self._lock:
+            self._start_wanted(nodes)
+            slots = [coming.slot for coming in self._coming.values()]
+            is_empty = not self._served_nodes
+        if time.monotonic() >= self._say_at and (slots or is_empty):
+            self._say_at = time.monotonic() + _SAY_S
+            _log.warning("%s: %s", _waiting(slots), told_room(self._ray))
+        self._tell_drained()
 
     def _hear(self) -> None:
         with self._lock:
@@ -171,9 +179,10 @@ class RaySupply:
         if not references:
             self._closing.wait(_LOOK_S)
             return
-        ready, _ = self._ray.wait(references, num_returns=1, timeout=_LOOK_S, fetch_local=False)
+        # What is ready is on this machine: a machine that falls silent while it is read from would silence all others.
+        ready, _ = self._ray.wait(references, num_returns=1, timeout=_LOOK_S, fetch_local=True)
         if ready:
-            ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+            ready, _ = self._ray.wait(references, num_returns=len(references), timeout=0, fetch_local=True)
         for reference in ready:
             with self._lock:
                 host, coming = self._hearing.pop(reference, None), self._coming.pop(reference, None)
@@ -239,3 +248,12 @@ class RaySupply:
             hosts = [host for host in self._hosts if host.node in draining and not host.is_leaving]
         for host in hosts:
             host.be_drained()
+
+
+def _waiting(slots: Sequence[Slot]) -> str:
+    """Who has not come yet: for want of room, or because it takes time to start."""
+    if not slots:
+        return "no machine is there yet for a worker (a cluster that grows needs --workers N)"
+    if len(slots) == 1:
+        return f"a worker of {slots[0]} has not started yet"
+    return f"{len(slots)} workers of {slots[0]} each have not started yet"

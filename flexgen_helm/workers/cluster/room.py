@@ -26,8 +26,8 @@ def told_room(ray: Any) -> str:
     """Describe the cluster's resources and how much of them is free."""
     nodes = nodes_of(ray.nodes())
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
-    free = ray.available_resources()
+    free, machines = ray.available_resources(), f"{len(nodes)} machine{'s' * (len(nodes) != 1)}"
     return (
-        f"the cluster has {gpus} GPUs and {cpus} CPUs on {len(nodes)} machines, of which {free.get('GPU', 0):.0f} GPUs "
+        f"the cluster has {gpus} GPUs and {cpus} CPUs on {machines}, of which {free.get('GPU', 0):.0f} GPUs "
         f"and {free.get('CPU', 0):.0f} CPUs are free"
     )

@@ -15,7 +15,9 @@ from made_hosts import DIGEST, EXPECTED, IDENTITY, SWEEP, MadeHost, MadeSupply, 
 
 from engine.asking.pending import Call, Finished, Result
 from engine.errors import CheckpointError, EngineError
+from engine.hosts.messages import HostSwept
 from engine.job import Completion, Job
+from engine.schedule.timing import SweepTiming
 
 
 class Asked:
@@ -235,6 +237,37 @@ def test_a_host_that_falls_silent_while_the_driver_closes_is_not_waited_for(monk
     closing.join(60.0)
     assert not closing.is_alive()
     assert silent.is_gone
+
+
+def test_a_driver_that_has_failed_closes_without_waiting_for_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    supply = MadeSupply()
+    driver = driver_of(supply)
+    supply.bring(host := ready("a"))
+    open_all(supply)
+    monkeypatch.setattr(host, "leave", lambda: None)  # it is out of reach
+    supply.fail(EngineError("the connection to the cluster is lost"))
+    closing = threading.Thread(target=driver.close, daemon=True)
+    closing.start()
+    closing.join(60.0)
+    assert not closing.is_alive()
+    assert host.is_gone
+    assert supply.is_closed
+
+
+def test_a_sweep_that_is_told_late_is_not_counted() -> None:
+    swept: list[SweepTiming] = []
+    supply = MadeSupply()
+    driver = driver_of(supply, observe=swept.append)
+    supply.bring(lost := ready("a"), kept := ready("b"))
+    open_all(supply)
+    zeros = dict.fromkeys(("begun", "host_s", "sweep_s", "load_s", "link_s"), 0.0)
+    counts = dict.fromkeys(("prefill_rows", "decode_rows", "num_sequences", "new_tokens"), 1)
+    told = HostSwept(timing=SweepTiming(**zeros, **counts, device="cpu"), ago_s=0.0)  # type: ignore[arg-type]
+    lost.die("power")
+    lost.tell(told)
+    kept.tell(told)
+    assert [timing.device for timing in swept] == ["b/cpu"]
+    assert len(driver.deaths) == 1
 
 
 def test_a_call_that_is_dropped_is_answered_no_more() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -424,6 +425,25 @@ def test_the_command_line(
     assert made["hardware"]["cores"] >= 1
     expected, _ = evaluate(make("llama")[1], tasks)
     assert found["results"]["writing"]["exact_match,none"] == expected["writing"]["exact_match,none"]
+
+
+@pytest.mark.slow
+def test_the_command_line_on_a_cluster(
+    directories: dict[str, Path], tasks: Path, tmp_path: Path, make: Callable[..., Pair]
+) -> None:
+    model_args = f"pretrained={directories['llama']},policy=all-on-cpu,dtype=float32"
+    program = [sys.executable, "-m", "flexgen_helm", "lm-eval", "--ray", "local", "--workers", "2"]
+    asked = ["--model", "flexgen", "--model_args", model_args, "--tasks", ",".join(TASKS), "--device", "cpu"]
+    told = ["--include_path", str(tasks), "--output_path", str(tmp_path), "--log_samples"]
+    done = subprocess.run([*program, *asked, *told], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    [results] = tmp_path.glob("**/results*.json")
+    found = json.loads(results.read_text())["results"]
+    expected, _ = evaluate(make("llama")[1], tasks)
+    for name, values in expected.items():
+        for metric, wanted in values.items():
+            if isinstance(wanted, float) and "stderr" not in metric:  # which the command draws samples for
+                assert found[name][metric] == pytest.approx(wanted, rel=1e-5), (name, metric)
 
 
 def test_what_the_harness_raises_is_one_line(

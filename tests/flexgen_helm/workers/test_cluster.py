@@ -7,16 +7,20 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray_processes import MARK, workers_of
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from flexgen_helm.commands.complete import complete
-from flexgen_helm.workers.cluster import connection
+from flexgen_helm.workers.cluster import connection, ray_supply
 from flexgen_helm.workers.cluster.ray_host import how_ended
 from flexgen_helm.workers.cluster.slots import Node, Slot, Wanted, num_fitting, slots_of
 
@@ -78,6 +82,23 @@ def test_a_port_that_nobody_listens_at_is_named_at_once() -> None:
             connection.check_address(address)
 
 
+@pytest.mark.parametrize(("error", "tries"), [("The current node timed out during startup. It", 2), ("no room", 1)])
+def test_a_cluster_that_is_slow_to_start_is_started_again(error: str, tries: int) -> None:
+    class Ray:
+        tries = 0
+
+        def init(self, **how: Any) -> None:
+            self.tries += 1
+            if self.tries == 1:
+                raise RuntimeError(error)
+
+    ray = Ray()
+    told = pytest.raises(EngineError, match=f"cannot be started on this machine: {error}")
+    with nullcontext() if tries > 1 else told:
+        connection._start(ray, 1)
+    assert ray.tries == tries
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -91,6 +112,56 @@ def test_a_port_that_nobody_listens_at_is_named_at_once() -> None:
 def test_flags_that_cannot_be_meant_are_refused_before_anything_is_reached_for(flags: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         complete(["--model", "none", "a prompt", *flags])
+
+
+class MadeRay:
+    """What the supply asks Ray for: actors that never say anything, on machines of which the head may not tell."""
+
+    def __init__(self) -> None:
+        self.started = self.killed = 0
+        self.is_away = threading.Event()
+        self.asked = threading.Event()
+
+    def remote(self, **options: Any) -> Any:
+        return lambda made: self
+
+    def options(self, **options: Any) -> Any:
+        self.started += 1
+        return SimpleNamespace(remote=lambda make: SimpleNamespace(hello=SimpleNamespace(remote=object)))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        while self.is_away.is_set():
+            self.asked.set()
+            time.sleep(0.01)
+        each = {"NodeManagerHostname": "a", "Alive": True, "Resources": {"CPU": 1.0}}
+        return [{**each, "NodeID": name} for name in ("one", "two")[: 1 + self.asked.is_set()]]
+
+    def wait(self, references: list[Any], **how: Any) -> tuple[list[Any], list[Any]]:
+        time.sleep(0.01)
+        return (references[:1] if self.asked.is_set() else []), []
+
+    def get(self, reference: Any) -> Any:
+        raise OSError("it is dead because nobody wants it")
+
+    def kill(self, actor: Any) -> None:
+        self.killed += 1
+
+
+def test_workers_are_heard_while_the_cluster_does_not_tell_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_supply, "_NODES_S", 0.01)
+    strategies = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node, soft: node)
+    monkeypatch.setitem(sys.modules, "ray.util.scheduling_strategies", strategies)
+    ray, failed = MadeRay(), threading.Event()
+    supply = ray_supply.RaySupply(ray, Wanted(), {}, lambda opening: None)  # type: ignore[arg-type,return-value]
+    supply.begin(lambda host: None, lambda error: failed.set())
+    assert ray.started == 1
+    ray.is_away.set()
+    assert failed.wait(20.0), "that the worker has ended three times is heard"
+    assert ray.started == 3
+    supply.close()
+    ray.is_away.clear()
+    time.sleep(0.1)
+    assert ray.started == 3, "a machine that is told of when all is over gets no worker"
 
 
 def test_of_rays_many_lines_the_one_that_says_it_is_told() -> None:
