@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from engine.cache.shape import KVShape
-from engine.checkpoint.adapters.declared import adapter_folder
-from engine.errors import UnsupportedError
 from engine.model.causal_model import CausalModel
 from engine.model.unit import Unit
 
 
-def hold(model: CausalModel, layers: range, path: Path) -> None:
-    """Let the model in directory `path` have weights, and keep keys, values and states, of `layers` alone.
+def hold(model: CausalModel, layers: range) -> None:
+    """Let a model have weights, and keep keys, values and states, of `layers` alone.
 
     The head goes with the last layer. The token embedding and the parameters outside of all layers stay, so that
-    `record` works as before. Raises `UnsupportedError` where the directory is an adapter.
+    `record` works as before.
     """
-    if adapter_folder(path) is not None:
-        raise UnsupportedError(
-            f"stages: {path} is an adapter, which is merged by a process that has all layers; merge it by peft "
-            "(merge_and_unload, save_pretrained), or set stages: 1"
-        )
     kept = {"embedding", "outer", *(f"layer.{index}" for index in layers)}
     model.held = layers
     if model.has_head:
