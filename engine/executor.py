@@ -108,7 +108,7 @@ class Executor:
         """Compute every segment and answer what its span asks for, in the order of the rows; changes no span.
 
         Where the last layers are elsewhere, their hidden states are handed on, and nothing is answered. Raises
-        `MemoryError` where another stage has run out of memory.
+        `LostSweepError` where this or another stage has run out of memory.
         """
         line = self._line
         if line is None:

@@ -23,7 +23,6 @@ from engine.executor import Executor
 from engine.kernels.codec import codec_of
 from engine.kernels.threads import limit_threads, one_thread
 from engine.kernels.weight_codes.named import weight_codec_of
-from engine.lane import Lane
 from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
@@ -36,6 +35,7 @@ from engine.schedule.scheduler import Scheduler
 from engine.schedule.segment import add_drafts
 from engine.stages.division import divide
 from engine.stages.holding import hold
+from engine.stages.lane import Lane
 from engine.stages.line import StageLine
 from engine.text.decoding import Text
 from engine.weights.encoded.filling import Fill
@@ -58,7 +58,7 @@ class Parts:
     model: CausalModel
     weights: WeightStore
     stream: WeightStream
-    lanes: tuple[Lane, ...]
+    lanes: tuple[Lane[Executor], ...]
     """Sequences whose sweeps are in flight at the same time; one, but where the model's layers are in stages."""
     arena: Arena
     group: Group | None

@@ -260,24 +260,24 @@ class SweepLoop:
         A sweep changes no span, so one that runs out of memory is computed again, in smaller parts: at once, or, where
         other stages compute it, too, after those of other lanes that they have been told of.
         """
-        executor, lockstep = self._parts.lanes[track.number].executor, self._locksteps[track.number]
+        lane, lockstep = self._parts.lanes[track.number], self._locksteps[track.number]
         scheduler, batches = track.scheduler, sweep.batches
         while batches:
             try:
                 answers = lockstep.sweep(batches)
-                if scheduler.limits.replays and executor.steps.refusal is not None:
+                if scheduler.limits.replays and lane.executor.steps.refusal is not None:
                     scheduler.limits = replace(scheduler.limits, replays=False)
                 return batches, answers
             except Exception as error:
-                if not accelerator.is_out_of_memory(error):
+                if not lane.has_lost(error):
                     raise
                 reason = str(explained(error, self._parts.policy))
             lockstep.recover()
             accelerator.release_memory(self._parts.arena.device)
             batches = scheduler.cut_smaller(batches, reason)
-            executor.limits = scheduler.limits
+            lane.executor.limits = scheduler.limits
             if batches and self._parts.line is not None:
-                self._parts.lanes[track.number].tell(batches)
+                lane.tell(batches)
                 track.sweep = replace(sweep, batches=batches)
                 break
         return [], []

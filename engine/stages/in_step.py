@@ -14,12 +14,16 @@ from engine.stages.line import StageLine
 Found = TypeVar("Found")
 
 
+class LostSweepError(MemoryError):
+    """A stage had no memory for a sweep; all have come to its end."""
+
+
 def in_step(line: StageLine, sweep: Callable[[], Found], recover: Callable[[], None], device: torch.device) -> Found:
     """The result of this stage's part of a sweep that has begun, if no stage before it ran out of memory.
 
     A stage that does takes what is still to come and hands on zeros, so that the others come to the end of the sweep;
     the stage that leads may then have it computed again, in smaller parts. recover: makes ready for another sweep.
-    Raises `MemoryError`, with the first stage's reason.
+    Raises `LostSweepError`, with the first stage's reason.
     """
     found, reason = None, ""
     try:
@@ -34,5 +38,5 @@ def in_step(line: StageLine, sweep: Callable[[], Found], recover: Callable[[], N
         line.forgo()
     reason = line.settle(reason)
     if found is None or reason:
-        raise MemoryError(reason)
+        raise LostSweepError(reason)
     return found

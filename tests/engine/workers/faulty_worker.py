@@ -18,7 +18,7 @@ KILLS, RAISES, RUNS_OUT, SLOW, FAILS_ON_SECOND = 401, 402, 403, 404, 405
 def main(line: int) -> None:
     """As `engine.worker.main`."""
     torch.set_num_threads(1)
-    sweep = Executor.sweep
+    sweep = Executor._swept
     num_failures = 0
     opening = Engine.from_pretrained
     device = ""
@@ -48,5 +48,5 @@ def main(line: int) -> None:
         return sweep(self, batches)
 
     Engine.from_pretrained = opened  # type: ignore[method-assign,assignment]
-    Executor.sweep = faulty  # type: ignore[method-assign]
+    Executor._swept = faulty  # type: ignore[method-assign]
     worker.main(line)
