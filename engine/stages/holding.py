@@ -19,7 +19,7 @@ def hold(model: CausalModel, layers: range) -> None:
         kept.add("head")
     dropped = {name for unit in model.units if unit.name not in kept for name in unit.owners}
     packed = [model.all_packed[name] for name in dropped if name in model.all_packed]
-    model.elsewhere = frozenset(dropped.union(*(whole.parts for whole in packed), *(whole.unread for whole in packed)))
+    model.elsewhere = frozenset(name for whole in packed for name in (*whole.parts, *whole.unread))
     model.units = [unit if unit.name in kept else Unit(unit.name, {}) for unit in model.units]
     for name in dropped:
         del model.state[name]
