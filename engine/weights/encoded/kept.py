@@ -55,7 +55,8 @@ class KeptWeights:
     Its name is a digest of the manifest, so its content is never out of date. A file is there whole or not at all, and
     files are independent: a unit whose file is missing or damaged is encoded from the checkpoint and written, the
     others are read. So an interrupted start is continued by the next one. One process writes at a time, under a lock
-    that ends with it; others do without, but stages of a model, which write their own layers one after the other. An error while writing is a notice only.
+    that ends with it; others do without, but stages of a model, which write their own layers one after the other. An
+    error while writing is a notice only.
 
     A context manager around the iteration of steps: inside, a thread of its own writes completed units from the memory
     that holds them anyway, and leaving waits until all are written. If left by an exception, it writes no more.
