@@ -1,14 +1,16 @@
-"""A model in pipeline stages of several processes, compared with its slowest stage alone: tokens per second and ratio.
+"""A model in stages of several processes, beside its slowest stage alone: tokens a second, and their quotients.
 
-    python -m benchmarks.stages [--shape DIR] [--devices cpu:0 cpu:1] [--policy JSON] [--work 1x64x0+64:32 …]
-                                [--rounds 3] [--sleep SECONDS] [--out DIR]
+    python -m benchmarks.stages [--shape DIR] [--devices cpu:0 cpu:1] [--policy JSON] [--work 1x48x0+64:24 …]
+                                [--rounds 2] [--sleep SECONDS] [--out DIR]
 
-*Alone* is a model of one stage's layers, with the head, on one device, under the same policy, so with as many sequences
-in a sweep: the speed of the leading stage if it never waits for another. A pipeline that is always full has that speed;
-the ratio is the part of it that is reached. On the CPU each process has its part of the cores, and so has the one
-alone; with --sleep, each layer of a small model also sleeps for so long per micro-batch, so that other work on the
-machine's cores matters less. All engines are open at the same time and take turns; the best round of each counts.
-Weights are random.
+*Alone* is a model of one stage's layers, with the head, on one device by itself, under the same policy, so with as many
+sequences in a sweep: what the stage which leads takes if it never waits for another. A pipeline that is always full has
+as many tokens a second; the quotient is what of that is reached. *Beside* is the same with such a model at work on
+every device at once, the slowest of them: processes of one machine share its memory's bandwidth, which is no cost of
+stages.
+On the CPU each process has its part of the cores; with --sleep, layers of a small model sleep for so long with each
+micro-batch besides, so that other work on the machine's cores shows less. All are open at the same time and take turns;
+of the rounds, the best of each counts. Weights are random.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ SMALL = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 1024,
     "intermediate_size": 2816,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "vocab_size": 512,
@@ -48,9 +50,11 @@ SMALL = {
 }
 """A shape that two cores compute in seconds."""
 SLEEPING = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4}
-"""A shape that hardly uses cores, for `--sleep`."""
-POLICY = {"gpu-memory": "3GB", "cpu-memory": "6GB", "gpu-batch-size": 16, "num-gpu-batches": 1}
-WORK = ["1x64x0+64:32", "1x256x0+128:1"]
+"""What in place of that takes cores next to nothing."""
+POLICY = {"gpu-memory": "3GB", "cpu-memory": "6GB", "gpu-batch-size": 8, "num-gpu-batches": 1}
+WORK = ["1x48x0+64:24", "1x192x0+40:1"]
+WARMING = "1x16x0+40:2"
+"""Before anything is timed: the first sweeps claim memory."""
 ENOUGH = 0.9
 
 
@@ -99,15 +103,15 @@ def serve(shape: str, policy: dict[str, Any], count: int, sleep: float) -> None:
 @contextlib.contextmanager
 def opened(
     shape: dict[str, Any], policy: dict[str, Any], devices: Sequence[str], sleep: float
-) -> Iterator[tuple[Process, Process]]:
-    """An engine whose model is in stages on `devices`, and one with the layers of a stage, on the first device."""
+) -> Iterator[tuple[Process, list[Process]]]:
+    """The engine whose model is in stages on `devices`, and on each of those one that has the layers of a stage."""
     count = len(devices)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for name, layers in (("whole", shape["num_hidden_layers"]), ("part", shape["num_hidden_layers"] // count)):
             (Path(folder) / name).mkdir()
             config = {**shape, "num_hidden_layers": layers}
             (Path(folder) / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        wanted = [("whole", device) for device in devices] + [("part", devices[0])]
+        wanted = [("whole", device) for device in devices] + [("part", device) for device in devices]
         processes = []
         for name, device in wanted:
             served = [f"{folder}/{name}", json.dumps({**policy, "device": device}), str(count), str(sleep)]
@@ -115,7 +119,7 @@ def opened(
             stack.callback(processes[-1].end)
         memories = [process.hear() for process in processes]
         least = {**memories[0], **{key: min(each[key] for each in memories) for key in ("device", "host", "disk")}}
-        for index, process in enumerate(processes[:-1]):
+        for index, process in enumerate(processes[:count]):
             meeting = f"{folder}/meeting"
             member = Member(
                 index=index,
@@ -127,22 +131,23 @@ def opened(
                 meeting=meeting,
             )
             process.tell(asdict(member))
-        processes[-1].tell(None)
+        for process in processes[count:]:
+            process.tell(None)
         layers = [process.hear()["layers"] for process in processes]
         if len({*layers}) > 1:
             raise SystemExit(
-                f"stages of {layers[:-1]} layers, and {layers[-1]} alone: take a shape with a smaller head"
+                f"stages of {layers[:count]} layers, and {layers[-1]} alone: take a shape with a smaller head"
             )
-        stack.callback(processes[0].end)  # first, because the others end with it
-        yield processes[0], processes[-1]
+        stack.callback(processes[0].end)  # first: the others end with it
+        yield processes[0], processes[count:]
 
 
-def timed(process: Process, work: Workload, seed: int) -> tuple[float, int]:
-    """Tokens per second of a workload, and its sweeps."""
-    process.tell({"work": str(work), "seed": seed})
-    answer = process.hear()
-    tokens = work.prefill_tokens + work.num_requests * (work.new - 1)
-    return tokens / answer["seconds"], answer["sweeps"]
+def timed(processes: Sequence[Process], work: Workload, seed: int) -> float:
+    """Tokens a second of a workload that each of these computes at the same time; of the slowest."""
+    for process in processes:
+        process.tell({"work": str(work), "seed": seed})
+    seconds: float = max(process.hear()["seconds"] for process in processes)
+    return (work.prefill_tokens + work.num_requests * (work.new - 1)) / seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -152,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--devices", nargs="+", default=["cpu:0", "cpu:1"])
     parser.add_argument("--policy", type=json.loads, default=POLICY, help="a policy as a JSON object")
     parser.add_argument("--work", nargs="+", default=WORK)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--sleep", type=float, default=0.0, help="seconds, for each layer and micro-batch")
     parser.add_argument("--serve", nargs=4, help=argparse.SUPPRESS)
@@ -165,16 +170,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = shape_config(args.shape) if args.shape else SMALL | (SLEEPING if args.sleep else {})
     rows = []
     with opened(shape, args.policy, args.devices, args.sleep) as (staged, alone):
+        asked = {"staged": [staged], "alone": alone[:1], "beside": alone}
+        for processes in asked.values():
+            timed(processes, Workload.parse(WARMING), 0)
         for text in args.work:
-            work, found = Workload.parse(text), []
-            for number in range(args.rounds + 1):  # the first round allocates memory
-                rates = [timed(process, work, number) for process in (staged, alone)]
-                found.append({"staged": rates[0], "alone": rates[1]})
-                print(f"{text}: {rates[0][0]:.0f} tokens/s in stages, {rates[1][0]:.0f} alone", flush=True)
-            best = {name: max(each[name][0] for each in found[1:]) for name in ("staged", "alone")}
-            quotient = best["staged"] / best["alone"]
-            print(f"{text}: {quotient:.3f} of the slowest stage alone (enough: {ENOUGH})", flush=True)
-            rows.append({"work": text, "rounds": found[1:], **best, "quotient": quotient})
+            found = []
+            for number in range(args.rounds):
+                rates = {name: timed(each, Workload.parse(text), number) for name, each in asked.items()}
+                found.append(rates)
+                print(f"{text}: {', '.join(f'{name} {rate:.0f}' for name, rate in rates.items())} tokens/s", flush=True)
+            best = {name: max(each[name] for each in found) for name in asked}
+            quotients = {name: best["staged"] / best[name] for name in ("alone", "beside")}
+            print(
+                f"{text}: the slowest stage alone {best['alone']:.0f} tokens/s, beside others {best['beside']:.0f}; "
+                f"in stages {best['staged']:.0f}: {quotients['alone']:.3f} of it alone, "
+                f"{quotients['beside']:.3f} beside others (enough: {ENOUGH})",
+                flush=True,
+            )
+            rows.append({"work": text, "rounds": found, **best, "quotients": quotients})
     content = {
         "devices": args.devices,
         "shape": shape,

@@ -23,6 +23,7 @@ from engine.planning.limits import WAITING_BATCHES, Limits
 from engine.sampling import choose
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Sequence, Span
+from engine.stages.in_step import in_step
 from engine.stages.line import StageLine
 from engine.weights.stream import WeightStream
 
@@ -103,12 +104,20 @@ class Executor:
         """Compute every segment; returns the token chosen after the last row of each, by `id()` of its span."""
         return {id(answer.ask.span): answer.token for answer in self.sweep(batches)}
 
-    @torch.no_grad()
     def sweep(self, batches: list[list[Segment]]) -> list[Answer]:
         """Compute every segment and return the answers for its span, in the order of the rows; changes no span.
 
-        A stage without the last layers sends their hidden states on, and returns no answers.
+        A stage without the last layers sends their hidden states on, and returns no answers. Raises `LostSweepError` if
+        this or another stage has run out of memory.
         """
+        line = self._line
+        if line is None:
+            return self._swept(batches)
+        line.begin(self._lane, [segments[-1].end for segments in batches])
+        return in_step(line, lambda: self._swept(batches), self.recover, self._model.device)
+
+    @torch.no_grad()
+    def _swept(self, batches: list[list[Segment]]) -> list[Answer]:
         model, weights, cache, hidden, line = self._model, self._weights, self._cache, self._hidden, self._line
         micro = [self._micro_batch(segments) for segments in batches]
         by_layers = [index for index, batch in enumerate(micro) if not isinstance(batch, StepBatch)]
@@ -138,8 +147,6 @@ class Executor:
             else:
                 hidden.put(index, states)
 
-        if line is not None:
-            line.begin(self._lane, [batch.num_rows for batch in micro])
         model.sweeping.cache, model.sweeping.states = cache, self._states
         cache.stage_ahead(micro)
         self._states.stage_ahead(micro)

@@ -26,19 +26,17 @@ from engine.kernels.weight_codes.named import weight_codec_of
 from engine.member import Member
 from engine.memory import accelerator
 from engine.memory.arena import Arena
-from engine.memory.tiers import TIERS
 from engine.model.causal_model import CausalModel
 from engine.planning.hardware import available_memory, resolve_device, resolve_dtype
 from engine.planning.planner import Plan, make_plan
 from engine.planning.sharing import ALONE, Sharing
 from engine.policy import Policy, only_bfloat16
-from engine.schedule.cache_room import CacheRoom
 from engine.schedule.scheduler import Scheduler
-from engine.schedule.segment import Segment, add_drafts
+from engine.schedule.segment import add_drafts
 from engine.stages.division import divide
 from engine.stages.holding import hold
+from engine.stages.lane import Lane
 from engine.stages.line import StageLine
-from engine.stages.told import Told
 from engine.text.decoding import Text
 from engine.weights.encoded.filling import Fill
 from engine.weights.encoded.left_plain import left_plain
@@ -47,30 +45,6 @@ from engine.weights.members.group import Group
 from engine.weights.store import WeightStore
 from engine.weights.stored_form import shape_of
 from engine.weights.stream import WeightStream
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lane:
-    """Sequences that share sweeps, and their caches; several lanes have sweeps in flight at the same time."""
-
-    cache: KVCache
-    states: StateCache
-    room: CacheRoom
-    """Allocates the keys, values and states of spans."""
-    scheduler: Scheduler
-    executor: Executor
-
-    def told(self, number: int, batches: list[list[Segment]]) -> Told:
-        """The message that describes a sweep of this lane, lane `number`, to the other stages."""
-        rows, slots = (tuple(map(each.room.num_rows, TIERS)) for each in (self.cache, self.states))
-        return Told(lane=number, rows=rows, slots=slots, batches=batches)
-
-    def follow(self, told: Told) -> None:
-        """Compute a sweep of the leading stage, after giving the cache tables the sizes that they have there."""
-        for tables, sizes in ((self.cache.room, told.rows), (self.states.room, told.slots)):
-            for tier, size in zip(TIERS, sizes, strict=True):
-                tables.be(tier, size)
-        self.executor.sweep(told.batches)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +58,7 @@ class Parts:
     model: CausalModel
     weights: WeightStore
     stream: WeightStream
-    lanes: tuple[Lane, ...]
+    lanes: tuple[Lane[Executor], ...]
     """Lanes, whose sweeps are in flight at the same time; one, unless the model's layers are in stages."""
     arena: Arena
     group: Group | None
@@ -132,9 +106,9 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
     shape, on_cpu = shape_of(model, codec, cache_codec), device.type == "cpu"
     divided = None
     if member is not None and member.stages:
-        divided = divide(model, shape, member.count, cache_codec)
+        divided = divide(model, Path(description.path), shape, member.count, cache_codec)
         shape = divided.shape
-        hold(model, divided.layers[member.stage], Path(description.path))
+        hold(model, divided.layers[member.stage])
     drafting = _draft_model(description, policy, model, tokenizer, device)
     draft_shape = None if drafting is None else shape_of(drafting.model)
     plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing, draft=draft_shape)
@@ -198,7 +172,16 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
                     share_prefix=policy.share_prefix,
                     drafts=add_drafts if draft is None else draft.drafts.add,
                 )
-                lanes.append(Lane(cache=cache, states=states, room=room, scheduler=scheduler, executor=executor))
+                lane = Lane(
+                    number=number,
+                    line=line,
+                    cache=cache,
+                    states=states,
+                    room=room,
+                    scheduler=scheduler,
+                    executor=executor,
+                )
+                lanes.append(lane)
             return Parts(
                 policy=policy,
                 path=Path(description.path),
@@ -232,6 +215,8 @@ def check_model(description: ModelDescription, policy: Policy) -> None:
     model, tokenizer, _ = _open_model(description, policy, torch.float32, cpu, has_weights=has_weights)
     if policy.dtype != "auto":  # auto is another dtype on each kind of device
         _check_weight_dtype(policy, policy.dtype)
+    if policy.stages > 1:
+        divide(model, Path(description.path), shape_of(model), policy.stages, None)
     if has_weights:
         check_checkpoint(Path(description.path), model)
     if (draft := _draft_model(description, policy, model, tokenizer, cpu)) is not None:

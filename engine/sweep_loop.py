@@ -13,7 +13,7 @@ from engine.advance import advance
 from engine.asking.in_work import InWork
 from engine.asking.pending import Call
 from engine.errors import EngineError, NumericsError
-from engine.executor import Answer, Executor
+from engine.executor import Answer
 from engine.job import Completion
 from engine.memory import accelerator
 from engine.opening import Parts, explained
@@ -22,9 +22,7 @@ from engine.schedule.sequence import Sequence
 from engine.schedule.timing import SweepTiming, count_rows
 from engine.stages.track import Scheduled, Track
 from engine.text.completion import completion_of
-from engine.weights.members.group import Group
 from engine.weights.members.loader import Loader
-from engine.weights.members.lockstep import Lockstep
 from engine.workers.handing_out.lanes import LaneShares
 from engine.workers.handing_out.sharing_out import Room
 
@@ -54,7 +52,7 @@ class SweepLoop:
         """Whether another thread is using the parts."""
         self._fault: BaseException | None = None
         self._tracks = [Track(number, lane.scheduler) for number, lane in enumerate(parts.lanes)]
-        self._locksteps = [_lockstep(lane.executor, parts.group) for lane in parts.lanes]
+        self._locksteps = [lane.in_step_with(parts.group) for lane in parts.lanes]
         limits = parts.plan.limits
         room = Room(rows=_SWEEPS_AHEAD * limits.rows_per_sweep, jobs=_SWEEPS_AHEAD * limits.seats)
         self._shares = LaneShares([room] * len(self._tracks), share_prefix=parts.policy.share_prefix)
@@ -129,13 +127,14 @@ class SweepLoop:
     def _serve(self) -> None:
         try:
             accelerator.make_current(self._parts.arena.device)
-            for track in itertools.cycle(self._tracks):
+            is_open = True
+            for track in itertools.cycle(self._tracks):  # other stages compute lanes' sweeps in this order
                 self._end(track)
-                if not self._receive():
+                is_open = is_open and self._receive()
+                if is_open and track.sweep is None:
+                    self._begin(track)
+                elif not any(each.sweep for each in self._tracks):
                     break
-                self._begin(track)
-            for track in self._tracks:
-                self._end(track)
         except BaseException as error:
             self._fault = explained(error, self._parts.policy)
         finally:
@@ -192,7 +191,7 @@ class SweepLoop:
 
     def _begin(self, track: Track) -> None:
         """Schedule a lane's next sweep, and send it to the other stages."""
-        scheduler, text, line = track.scheduler, self._parts.text, self._parts.line
+        scheduler, text = track.scheduler, self._parts.text
         begun = time.perf_counter()
         track.take_over(self._leave_out)
         batches = scheduler.next_sweep()
@@ -202,9 +201,7 @@ class SweepLoop:
             return
         self._shares.entered(scheduler.running)
         self._in_work.tell_entered(scheduler.running)
-        if line is not None:
-            told = self._parts.lanes[track.number].told(track.number, batches)
-            line.tell(track.number, told.numbers())
+        self._parts.lanes[track.number].tell(batches)
         count, host_s = len(scheduler.running), time.perf_counter() - begun
         track.sweep = Scheduled(batches=batches, begun=begun, host_s=host_s, num_sequences=count)
 
@@ -217,8 +214,10 @@ class SweepLoop:
         computing = time.perf_counter()
         if self._loader.loaded > computing and self._parts.weights.is_complete:  # the loader has yet to say so
             self._loader.loaded = computing
-        batches, answers = self._sweep(track, sweep.batches)
-        self._parts.weights.check_source()  # answers of weights that changed meanwhile are not delivered
+        batches, answers = self._sweep(track, sweep)
+        if track.sweep is not None:
+            return  # it is computed again
+        self._parts.weights.check_source()  # answers of weights that changed meanwhile are delivered to nobody
         swept = time.perf_counter()
         before = _num_generated(scheduler.running)
         advance(batches, answers, text)
@@ -255,28 +254,32 @@ class SweepLoop:
         )
         self._deliver(done)  # last, so that a caller who sees the result finds the space free
 
-    def _sweep(self, track: Track, batches: list[list[Segment]]) -> tuple[list[list[Segment]], list[Answer]]:
-        """The results of a sweep, and its answers.
+    def _sweep(self, track: Track, sweep: Scheduled) -> tuple[list[list[Segment]], list[Answer]]:
+        """The micro-batches of a sweep, and its answers.
 
-        A sweep changes no span, so one that runs out of device memory is computed again, in smaller parts; except where
-        other stages compute it, too.
+        A sweep changes no span, so one that runs out of memory is computed again, in smaller parts: at once, or, where
+        other stages compute it, too, after those of other lanes that they have been told of.
         """
-        executor, lockstep = self._parts.lanes[track.number].executor, self._locksteps[track.number]
-        scheduler, device = track.scheduler, self._parts.arena.device
+        lane, lockstep = self._parts.lanes[track.number], self._locksteps[track.number]
+        scheduler, batches = track.scheduler, sweep.batches
         while batches:
             try:
                 answers = lockstep.sweep(batches)
-                if scheduler.limits.replays and executor.steps.refusal is not None:
+                if scheduler.limits.replays and lane.executor.steps.refusal is not None:
                     scheduler.limits = replace(scheduler.limits, replays=False)
                 return batches, answers
             except Exception as error:
-                if self._parts.line is not None or not accelerator.is_out_of_memory(error):
+                if not lane.has_lost(error):
                     raise
                 reason = str(explained(error, self._parts.policy))
             lockstep.recover()
-            accelerator.release_memory(device)
+            accelerator.release_memory(self._parts.arena.device)
             batches = scheduler.cut_smaller(batches, reason)
-            executor.limits = scheduler.limits
+            lane.executor.limits = scheduler.limits
+            if batches and self._parts.line is not None:
+                lane.tell(batches)
+                track.sweep = replace(sweep, batches=batches)
+                break
         return [], []
 
     def _not_finite(self) -> NumericsError:
@@ -290,10 +293,6 @@ class SweepLoop:
         for sequence, _ in done:
             self._shares.left(sequence)
         self._in_work.deliver(done)
-
-
-def _lockstep(executor: Executor, group: Group | None) -> Lockstep[list[Segment], Answer]:
-    return Lockstep(lambda batches: executor.sweep(batches), executor.recover, group)
 
 
 def _num_generated(sequences: Iterable[Sequence]) -> int:

@@ -114,7 +114,7 @@ class CausalModel:
         self.held = range(len(self.layers))
         """The layers that this process computes: all, unless the model is in stages."""
         self.elsewhere: frozenset[str] = frozenset()
-        """The checkpoint's names of parameters, and of their packed parts, that other stages have."""
+        """The checkpoint's names of the parts of packed parameters that other stages have."""
         self.hidden_dtype: torch.dtype = self.sweeping.left or dtype
         """The dtype of hidden states between layers: a family may accumulate them in a wider one."""
         self._leave_out(unused_parameters(self))
@@ -175,6 +175,11 @@ class CausalModel:
     def has_head(self) -> bool:
         """Whether this process computes logits: it has the last layer."""
         return self.held.stop == len(self.layers)
+
+    @property
+    def is_in_stages(self) -> bool:
+        """Whether other processes compute some of the layers."""
+        return len(self.held) < len(self.layers)
 
     @property
     def continues(self) -> bool:

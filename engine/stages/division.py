@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from engine.cache.tables import cache_row_bytes
+from engine.checkpoint.adapters.declared import adapter_folder
 from engine.errors import UnsupportedError
 from engine.kernels.codec import Codec
 from engine.memory.tiers import TIERS, Tier
@@ -27,12 +29,17 @@ class Division:
     """Bytes of a sequence's states in the stage where they are largest, by tier."""
 
 
-def divide(model: CausalModel, shape: ModelShape, count: int, cache_codec: Codec | None) -> Division:
-    """Divide a model of this shape into `count` stages of similar weight bytes.
+def divide(model: CausalModel, path: Path, shape: ModelShape, count: int, cache_codec: Codec | None) -> Division:
+    """Divide a model of this shape, of directory `path`, into `count` stages of about as many bytes of weights.
 
-    Raises `UnsupportedError` if layers pass on more than hidden states, because stages send each other only those, and
-    `ConfigError` if there are fewer layers than stages.
+    Raises `UnsupportedError` where layers hand on more than hidden states, which no stage sends to the next one, and
+    where the directory is an adapter; `ConfigError` where there are fewer layers than stages.
     """
+    if adapter_folder(path) is not None:
+        raise UnsupportedError(
+            f"stages: {path} is an adapter, which is merged by a process that has all layers; merge it by peft "
+            "(merge_and_unload, save_pretrained), or set stages: 1"
+        )
     if model.sweeping.handed_row_bytes or model.sweeping.puts_down:
         raise UnsupportedError(
             f"stages: layers of {type(model.module).__name__} ({model.config.model_type}) hand on more than hidden "
@@ -40,18 +47,19 @@ def divide(model: CausalModel, shape: ModelShape, count: int, cache_codec: Codec
         )
     *layer_bytes, head = shape.unit_bytes
     parts = cut_layers(layer_bytes, 0 if model.is_tied else head, count)
-    is_large = model.is_tied or head > max(layer_bytes)  # every stage has a tied head as its embedding
-    units = [
-        (*layer_bytes[part.start : part.stop], head if is_large or part.stop == len(layer_bytes) else 0)
+    units = [  # every stage has a tied head as its embedding
+        (*layer_bytes[part.start : part.stop], head if model.is_tied or part.stop == len(layer_bytes) else 0)
         for part in parts
     ]
+    *others, _ = sorted(max(units, key=sum))
+    largest_unit = max(map(max, units))  # that passes through a slot, in whatever stage
     rows = [cache_row_bytes([model.kv_shapes[at] for at in part], model.dtype, cache_codec) for part in parts]
     states = [sum(state.num_bytes for at in part if (state := model.state_shapes[at]) is not None) for part in parts]
     row_bytes: dict[Tier, int] = {tier: max(each[tier] for each in rows) for tier in TIERS}
     return Division(
         layers=parts,
         shape=replace(
-            shape, unit_bytes=max(units, key=sum), cache_row_bytes=row_bytes["device"], state_bytes=max(states)
+            shape, unit_bytes=(*others, largest_unit), cache_row_bytes=row_bytes["device"], state_bytes=max(states)
         ),
         row_bytes=row_bytes,
         slot_bytes=dict.fromkeys(TIERS, max(states)),

@@ -17,6 +17,8 @@ _TIMEOUT = timedelta(days=300)
 _MEETING = timedelta(minutes=30)
 _AHEAD = 2
 """Micro-batches received ahead: one is computed while the next one is received."""
+_REASON_BYTES = 512
+"""Longest text, in bytes, that says why a sweep is lost."""
 
 
 class StageLine:
@@ -79,6 +81,7 @@ class StageLine:
         """Begin a sweep of a lane; `sizes` are the numbers of rows of its micro-batches."""
         self._lane, self._sizes = lane, sizes
         self._num_asked, self._num_handed = 0, 0
+        self._coming, self._waiting = {}, {}
         with naming_the_lost(self._lost):
             _settle(self._handed[lane])  # the lane's last sweep has ended, so its sends are complete
 
@@ -86,7 +89,7 @@ class StageLine:
         """Receive a micro-batch's hidden states `[rows, width]` from the stage before; in order, each once."""
         with naming_the_lost(self._lost):
             while self._num_asked < min(number + _AHEAD, len(self._sizes)):
-                hidden = torch.empty(self._sizes[self._num_asked], self._width, dtype=self._dtype, device=self._device)
+                hidden = self._new(self._sizes[self._num_asked])
                 coming = distributed.irecv(hidden, self._before, group=self._handing)
                 self._coming[self._num_asked] = coming, hidden
                 self._num_asked += 1
@@ -101,6 +104,48 @@ class StageLine:
             while (due := self._waiting.pop(self._num_handed, None)) is not None:
                 self._handed[self._lane].append((self._sent(due, self._after, self._handing), due))
                 self._num_handed += 1
+
+    def forgo(self) -> None:
+        """Do without the rest of the sweep: take what is to come of it, and hand on zeros in place of what is lacking.
+
+        What was asked for before is done with.
+        """
+        rows = max(self._sizes, default=0)
+        with naming_the_lost(self._lost):
+            for coming, _ in self._coming.values():
+                coming.wait()
+            if self.member.stage > 0:
+                scrap = self._new(rows)
+                for size in self._sizes[self._num_asked :]:
+                    distributed.recv(scrap[:size], self._before, group=self._handing)
+            if not self.member.leads:
+                zeros = self._new(rows).zero_()
+                for size in self._sizes[self._num_handed :]:
+                    self._handed[self._lane].append((self._sent(zeros[:size], self._after, self._handing), zeros))
+        self._coming, self._waiting = {}, {}
+
+    def settle(self, reason: str) -> str:
+        """End a sweep: tell the next stage why it is lost, or "", and learn that from the stage before.
+
+        Returns the reason of the first stage that has one.
+        """
+        number = self.member.stage
+        with naming_the_lost(self._lost):
+            if number > 0:
+                told = torch.empty(_REASON_BYTES, dtype=torch.uint8)
+                distributed.recv(told, self._before, group=self._telling)
+                before = bytes(told.tolist()).rstrip(b"\0").decode(errors="replace")
+                reason = before or (reason and f"stage {number}: {reason}")
+            else:
+                reason = reason and f"stage {number}: {reason}"
+            if not self.member.leads:
+                text = reason.encode()[:_REASON_BYTES].ljust(_REASON_BYTES, b"\0")
+                told = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+                self._handed[self._lane].append((self._sent(told, self._after, self._telling), told))
+        return reason
+
+    def _new(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, self._width, dtype=self._dtype, device=self._device)
 
     @property
     def _others(self) -> range:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from engine.memory.tiers import TIERS
+from engine.planning.limits import Limits
 from engine.schedule.block import Block
 from engine.schedule.segment import Segment
 from engine.schedule.sequence import Prefix, Span
 
 _NONE = -1
+_LIMITS = ("rows_per_batch", "cached_rows_per_batch", "waiting_rows", "most_states")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +29,28 @@ class Told:
     """Rows of the tables of keys and values, by tier."""
     slots: tuple[int, ...]
     """Slots of the tables of states, by tier."""
+    limits: Mapping[str, int]
+    """Those that become smaller where memory runs out, by name: how micro-batches are put together."""
     batches: list[list[Segment]]
     """Micro-batches. Their spans hold only what layers need: tokens not computed in this sweep are zeros."""
+
+    @classmethod
+    def of(
+        cls,
+        lane: int,
+        rows: tuple[int, ...],
+        slots: tuple[int, ...],
+        limits: Limits,
+        batches: list[list[Segment]],
+    ) -> Told:
+        """What is told of a sweep that was scheduled within these limits."""
+        told = {name: int(getattr(limits, name)) for name in _LIMITS}
+        return cls(lane=lane, rows=rows, slots=slots, limits=told, batches=batches)
+
+    def within(self, limits: Limits) -> Limits:
+        """The limits of the sweep, where these were planned."""
+        told: dict[str, Any] = {**self.limits}
+        return replace(limits, **told)
 
     def numbers(self) -> torch.Tensor:
         """Encode everything as int64, on the host."""
@@ -38,7 +61,8 @@ class Told:
                 if id(span) not in spans:
                     spans[id(span)] = len(spans)
                     out.extend(_numbers_of(span, spans))
-        out = array("q", (self.lane, *self.rows, *self.slots, len(spans), len(self.batches))) + out
+        limits = (self.limits[name] for name in _LIMITS)
+        out = array("q", (self.lane, *self.rows, *self.slots, *limits, len(spans), len(self.batches))) + out
         for batch in self.batches:
             out.append(len(batch))
             for each in batch:
@@ -52,12 +76,13 @@ class Told:
         given = iter(numbers.tolist())
         lane = next(given)
         rows, slots = (tuple(next(given) for _ in TIERS) for _ in range(2))
+        limits = {name: next(given) for name in _LIMITS}
         num_spans, num_batches = next(given), next(given)
         spans: list[Span] = []
         for _ in range(num_spans):
             spans.append(_span_of(given, spans))
         batches = [[_segment_of(given, spans) for _ in range(next(given))] for _ in range(num_batches)]
-        return cls(lane=lane, rows=rows, slots=slots, batches=batches)
+        return cls(lane=lane, rows=rows, slots=slots, limits=limits, batches=batches)
 
 
 def _numbers_of(span: Span, known: dict[int, int]) -> Sequence[int]:

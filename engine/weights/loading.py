@@ -88,13 +88,13 @@ def _planned(path: Path, receiver: Receiver) -> tuple[_Plan, set[str]]:
         if name in unread or name in model.elsewhere:
             continue
         target, pattern = names.target(name)
+        if pattern is None:  # another stage may have it, and this one its twin
+            twins += [(twin, load, name) for twin in model.twins.get(target, ())]
         if target not in model.state:
             if not names.has(target):
                 unexpected.add(target)
-            continue
-        if pattern is None:
+        elif pattern is None:
             plan.add(target, load, name)
-            twins += [(twin, load, name) for twin in model.twins.get(target, ())]
         else:
             merged.setdefault(target, (names.converter_of[pattern], []))[1].append((pattern, name, load))
     for target, (converter, sources) in merged.items():

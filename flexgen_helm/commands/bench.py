@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.policy import Policy, read_policy_yaml
 from flexgen_helm.planning.model_sizes import sizes_of
 from flexgen_helm.planning.roofline import Workload, least_seconds, measure_rates, work_of
@@ -134,7 +134,10 @@ def bench_policy(name: str, gpu_memory: str | None, percent: Sequence[int] | Non
         for key in ("weights", "kv-cache", "activations"):
             mapping.pop(key, None)
         mapping["percent"] = list(percent)
-    return Policy.from_mapping(mapping, where=f"policy {name} with flags")
+    policy = Policy.from_mapping(mapping, where=f"policy {name} with flags")
+    if policy.stages > 1 or not isinstance(policy.device, str):
+        raise ConfigError(f"policy {name}: bench times one device; set device to one of them, and leave out stages")
+    return policy
 
 
 def rates_of(policy: Policy, shape: str) -> Rates:

@@ -88,6 +88,11 @@ class VerifyingRunner(CommandLineRunner):
         try:
             find_place(served.description, served.policy)
         except (CapacityError, UnsupportedError) as error:
+            if served.policy.stages > 1:
+                raise UnsupportedError(
+                    f"{path} can be compared layer by layer alone ({error}), which needs all layers in one process; "
+                    "set stages: 1"
+                ) from None
             self._by_layer[path] = str(error)
             self.tell(f"{path} will be compared layer by layer: {error}")
 

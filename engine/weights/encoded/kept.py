@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
@@ -37,6 +38,8 @@ _MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 1 << 20
 _USED_PART = 0.9
 """The share of the free disk space that may be used: runs usually write their results to the same disk."""
+_WAIT_S = 0.05
+"""How often a stage looks whether another one has written its layers."""
 _CURE = "XDG_CACHE_HOME names another directory"
 
 _log = logging.getLogger(__name__)
@@ -52,7 +55,8 @@ class KeptWeights:
     Its name is a digest of the manifest, so its content is never out of date. A file is there whole or not at all, and
     files are independent: a unit whose file is missing or damaged is encoded from the checkpoint and written, the
     others are read. So an interrupted start is continued by the next one. One process writes at a time, under a lock
-    that ends with it; others do without. An error while writing is a notice only.
+    that ends with it; others do without, but stages of a model, which write their own layers one after the other. An
+    error while writing is a notice only.
 
     A context manager around the iteration of steps: inside, a thread of its own writes completed units from the memory
     that holds them anyway, and leaving waits until all are written. If left by an exception, it writes no more.
@@ -84,6 +88,7 @@ class KeptWeights:
         self._writer: threading.Thread | None = None
         self._written: list[Path] = []
         member = weights.member
+        self._waits = weights.model.is_in_stages
         self._may_write = member is None or (member.index == 0 and not member.gather)
         _drop_superseded(self.folder, self.manifest)
         for name in weights.unit_names:
@@ -180,9 +185,11 @@ class KeptWeights:
     def _claim(self) -> bool:
         """Prepare the directory for this process to write to; False where another one writes."""
         make_private(self.folder)
-        self._lock = _locked(self.folder)
-        if self._lock is None:
-            return False
+        while (lock := _locked(self.folder)) is None:
+            if not self._waits or self._stopping:
+                return False
+            time.sleep(_WAIT_S)
+        self._lock = lock
         for left in self.folder.glob(PARTIAL):
             left.unlink()
         needed = sum(self._weights.stored_form(name)[1] for name in self._missing)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from engine.stages.told import Told
 LIMITS = Limits(
     sequences_per_batch=6, batches=3, rows_per_batch=64, cached_rows_per_batch=512, rows_per_sweep=256, free_rows=64
 )
+LARGER = replace(LIMITS, rows_per_batch=512, cached_rows_per_batch=4096, waiting_rows=70, most_states=5)
+"""Of which some have become smaller since."""
 
 
 class Room:
@@ -85,9 +87,10 @@ def test_micro_batches_are_the_same() -> None:
     num_drafted = num_chains = 0
     for _ in range(6):
         batches = scheduler.next_sweep()
-        told = Told(lane=1, rows=(7, 8, 9), slots=(1, 2, 3), batches=batches)
+        told = Told.of(1, (7, 8, 9), (1, 2, 3), LIMITS, batches)
         read = Told.read(told.numbers())
         assert (read.lane, read.rows, read.slots) == (told.lane, told.rows, told.slots)
+        assert read.within(LARGER) == LIMITS
         assert of_batches(read.batches) == of_batches(batches)
         for segment in (segment for batch in batches for segment in batch):
             num_drafted += len(segment.draft)

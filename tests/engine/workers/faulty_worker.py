@@ -23,7 +23,7 @@ def no_memory(*_: Any) -> Any:
 def main(line: int) -> None:
     """As `engine.worker.main`."""
     torch.set_num_threads(1)
-    sweep = Executor.sweep
+    sweep = Executor._swept
     num_failures = 0
     opening = Engine.from_pretrained
     device = ""
@@ -57,5 +57,5 @@ def main(line: int) -> None:
         return sweep(self, batches)
 
     Engine.from_pretrained = opened  # type: ignore[method-assign,assignment]
-    Executor.sweep = faulty  # type: ignore[method-assign]
+    Executor._swept = faulty  # type: ignore[method-assign]
     worker.main(line)

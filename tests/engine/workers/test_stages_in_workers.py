@@ -19,7 +19,7 @@ from engine.workers import process
 from engine.workers.remote_engine import RemoteEngine
 
 sys.path.insert(0, str(Path(__file__).parent))  # where workers of these tests find `faulty_worker`, too
-from faulty_worker import SLOW
+from faulty_worker import RUNS_OUT, SLOW
 
 pytestmark = pytest.mark.usefixtures("warm_processes")
 
@@ -85,6 +85,13 @@ def test_jobs_that_nobody_waits_for_are_dropped(staged: RemoteEngine, here: Engi
     next(iter(stream))
     stream.close()
     assert_same(staged.run(jobs(6)), here.run(jobs(6)))
+
+
+def test_a_sweep_that_there_is_no_memory_for_ends_no_process(staged: RemoteEngine, here: Engine) -> None:
+    asked = [*jobs(6), *(Job(prompt=[RUNS_OUT, each, 7], max_new_tokens=3) for each in range(6))]
+    num_deaths = len(staged.deaths)
+    assert_same(staged.run(asked), here.run(asked))
+    assert len(staged.deaths) == num_deaths
 
 
 @pytest.mark.parametrize("number", [pytest.param(0, marks=pytest.mark.slow), 1])

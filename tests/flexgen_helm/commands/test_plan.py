@@ -458,6 +458,18 @@ def test_a_shape_that_cannot_be_meant_is_refused_in_a_line_that_names_it(
     assert sorted(each.name for each in tmp_path.iterdir() if each != Path(profile_file)) == ["model"]
 
 
+@pytest.mark.parametrize("policy", [{"device": ["cpu:0", "cpu:1"]}, {"stages": 2}])
+def test_bench_refuses_several_devices_before_it_measures_one(
+    policy: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "policy.yaml"
+    file.write_text(yaml.safe_dump(policy))
+    assert main(["bench", "--shape", "opt-125m", "--policy", str(file)]) == 2
+    out, err = capsys.readouterr()
+    assert "bench times one device" in err
+    assert out == ""
+
+
 def test_output_that_nobody_reads_is_no_traceback(profile_file: str) -> None:
     command = [sys.executable, "-m", "flexgen_helm", "plan", "--shape", "opt-125m", "--hardware", profile_file]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
