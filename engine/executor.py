@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -83,6 +84,8 @@ class Executor:
         self._joint = JointExperts(model.sweeping, compute, model.device)
         self.steps = Steps(model, cache, is_wanted=limits.replays)
         """What replays decode steps that lie on the device."""
+        self.reads: Callable[[list[Segment], torch.Tensor], None] | None = None
+        """Is called with the output of the last layer for each micro-batch `[rows, width]`, while the head is there."""
         self.num_sweeps = 0
         """Passes over the layers so far."""
 
@@ -188,6 +191,8 @@ class Executor:
         for index, segments in enumerate(batches):
             wanted = [ask for segment in segments for ask in _asks(segment)]
             last = self._hidden.take(index)
+            if self.reads is not None:
+                self.reads(segments, last)
             if wanted:
                 states.append(last[accelerator.sent(torch.tensor([ask.row for ask in wanted]), last.device)])
                 asks += wanted
