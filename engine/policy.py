@@ -103,7 +103,8 @@ class Policy:
     batch_invariant: bool = False
     """Whether answers have the same bits regardless of other jobs, at a cost."""
     draft_model: str | None = None
-    """The hub id or directory of a small model with the same tokenizer that drafts tokens; it changes no answer."""
+    """The hub id or directory of a small model with the same tokenizer that drafts tokens, or `own`: the MTP layer in
+    the model's checkpoint. It changes no answer."""
     dtype: str = "auto"
     device: str | tuple[str, ...] = "auto"
     """One device, several of one type, "all" of the best type, or "auto": one, or all like GPUs of a machine."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from engine.cache.hidden import HiddenStates
@@ -14,7 +13,11 @@ from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
 from engine.checkpoint.description import ModelDescription, describe
 from engine.checkpoint.tokenizer import load_tokenizer
+from engine.drafting.head_drafts import HeadDrafts
+from engine.drafting.head_model import OWN, HeadModel
+from engine.drafting.head_shadows import HeadShadows
 from engine.drafting.model_drafts import Computes, ModelDrafts
+from engine.drafting.shadows import Shadows
 from engine.errors import ConfigError, UnsupportedError, shown
 from engine.kernels.threads import one_thread
 from engine.memory.arena import Arena
@@ -37,23 +40,23 @@ class DraftModel:
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        target: CausalModel,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: torch.dtype,
-        device: torch.device,
+        cls, name: str, own: ModelDescription, target: CausalModel, tokenizer: PreTrainedTokenizerBase
     ) -> DraftModel:
-        """Open the draft model of that name for `target`, whose tokenizer is given.
+        """Open the draft model of that name for `target`, which is described and whose tokenizer is given.
 
         Raises `ConfigError` where its tokenizer is another, `UnsupportedError` where one of the two keeps recurrent
-        states, and what opening any model raises.
+        states or the checkpoint has no layer that drafts, and what opening any model raises.
         """
         if target.mixers:
             raise UnsupportedError(
                 "draft-model: layers of the model keep a state, which cannot go back to before a draft that is wrong; "
                 "leave it out"
             )
+        dtype, device = target.dtype, target.device
+        if name == OWN:
+            with one_thread():
+                head = HeadModel(Path(own.path), dtype, device, has_weights=own.weight_bytes > 0)
+            return cls(description=own, model=head)
         description = describe(name)
         path = Path(description.path)
         check_vocabulary(name, load_tokenizer(path), tokenizer)
@@ -83,6 +86,11 @@ class OpenedDraft:
     loading: Iterator[None]
     """The loading of its weights: it copies one parameter at each step."""
 
+    def follow(self, executor: Computes) -> None:
+        """Have an MTP layer follow what the model's executor computes; others compute all by themselves."""
+        if isinstance(self.drafts, HeadDrafts):
+            executor.reads = self.drafts.computed
+
     def close(self) -> None:
         """Release everything; the arena frees the memory."""
         self.drafts.close()
@@ -104,15 +112,28 @@ def open_draft(
         states = StateCache(model.state_shapes, arena, plan.cache_budgets, plan.kv_cache)
         hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
         window, offset = draft.description.window, model.outer.positions.offset
-        drafts = ModelDrafts(
-            make_executor(model, stream, cache, states, hidden, plan.limits),
-            cache.room,
-            plan.limits,
-            device=arena.device,
-            window=None if window is None else window - offset,
-            vocabularies=(model.vocab_size, target.vocab_size),
-            is_ready=lambda: store.is_complete,
-        )
+        executor = make_executor(model, stream, cache, states, hidden, plan.limits)
+        window = None if window is None else window - offset
+        drafts: ModelDrafts
+        if isinstance(model, HeadModel):
+            drafts = HeadDrafts(
+                executor,
+                HeadShadows(cache.room, plan.limits),
+                plan.limits,
+                target=target,
+                window=window,
+                is_ready=lambda: store.is_complete,
+            )
+        else:
+            drafts = ModelDrafts(
+                executor,
+                Shadows(cache.room, plan.limits),
+                plan.limits,
+                device=arena.device,
+                window=window,
+                vocabularies=(model.vocab_size, target.vocab_size),
+                is_ready=lambda: store.is_complete,
+            )
     except BaseException:
         if stream is not None:
             stream.close()
