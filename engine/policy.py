@@ -25,6 +25,10 @@ def only_bfloat16(dtype: str) -> str:
     return f"compress-weight: lossless takes bfloat16, and the model is computed in {dtype}; leave it out, or set dtype"
 
 
+OWN_DRAFT = "own"
+"""What `draft-model` says for the MTP layer in the model's own checkpoint."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """Percents of something on the three tiers; they sum to 100."""

@@ -20,9 +20,8 @@ from engine.checkpoint.tensors import tensors
 from engine.errors import UnsupportedError, named
 from engine.model.build import build, parameters_on_meta
 from engine.model.causal_model import CausalModel
+from engine.policy import OWN_DRAFT
 
-OWN = "own"
-"""The policy's word for the layer in the model's own checkpoint, where others name a draft model."""
 _INSIDE = "model.mtp."
 """Where the parameters of transformers' MTP model are in the module that is driven."""
 _UNREAD = ""
@@ -149,7 +148,7 @@ def _build_head(path: Path, dtype: torch.dtype) -> _Head:
 
 def _refused(why: str) -> UnsupportedError:
     return UnsupportedError(
-        f"draft-model {OWN}: {why}; name a small model of the same tokenizer, or leave draft-model out"
+        f"draft-model {OWN_DRAFT}: {why}; name a small model of the same tokenizer, or leave draft-model out"
     )
 
 

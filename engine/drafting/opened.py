@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+import torch
+import transformers
+from transformers import PreTrainedTokenizerBase, modeling_layers
 
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
@@ -14,7 +16,6 @@ from engine.cache.state import StateCache
 from engine.checkpoint.description import ModelDescription, describe
 from engine.checkpoint.tokenizer import load_tokenizer
 from engine.drafting.head_drafts import HeadDrafts
-from engine.drafting.head_model import OWN, HeadModel
 from engine.drafting.head_shadows import HeadShadows
 from engine.drafting.model_drafts import Computes, ModelDrafts
 from engine.drafting.shadows import Shadows
@@ -24,6 +25,7 @@ from engine.memory.arena import Arena
 from engine.model.causal_model import CausalModel
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
+from engine.policy import OWN_DRAFT
 from engine.weights.loading import check_checkpoint, load_checkpoint
 from engine.weights.store import WeightStore
 from engine.weights.stream import WeightStream
@@ -37,6 +39,8 @@ class DraftModel:
 
     description: ModelDescription
     model: CausalModel
+    is_own: bool = False
+    """Whether it is a layer of the checkpoint that it drafts for."""
 
     @classmethod
     def of(
@@ -53,10 +57,9 @@ class DraftModel:
                 "leave it out"
             )
         dtype, device = target.dtype, target.device
-        if name == OWN:
-            with one_thread():
-                head = HeadModel(Path(own.path), dtype, device, has_weights=own.weight_bytes > 0)
-            return cls(description=own, model=head)
+        if name == OWN_DRAFT:
+            head = head_of(Path(own.path), dtype, device, has_weights=own.weight_bytes > 0)
+            return cls(description=own, model=head, is_own=True)
         description = describe(name)
         path = Path(description.path)
         check_vocabulary(name, load_tokenizer(path), tokenizer)
@@ -115,7 +118,7 @@ def open_draft(
         executor = make_executor(model, stream, cache, states, hidden, plan.limits)
         window = None if window is None else window - offset
         drafts: ModelDrafts
-        if isinstance(model, HeadModel):
+        if draft.is_own:
             drafts = HeadDrafts(
                 executor,
                 HeadShadows(cache.room, plan.limits),
@@ -140,6 +143,19 @@ def open_draft(
         store.close()
         raise
     return OpenedDraft(model=model, weights=store, stream=stream, cache=cache, drafts=drafts, loading=loading)
+
+
+def head_of(path: Path, dtype: torch.dtype, device: torch.device, *, has_weights: bool) -> CausalModel:
+    """The MTP layer of a model directory; `UnsupportedError` where there is none that drafts."""
+    if not hasattr(getattr(modeling_layers, "MtpModel", None), "forward_layer"):
+        raise UnsupportedError(
+            f"draft-model {OWN_DRAFT}: transformers {transformers.__version__} has no MTP layers as those of 5.24 are; "
+            "take that version, name a small model of the same tokenizer, or leave draft-model out"
+        )
+    from engine.drafting.head_model import HeadModel
+
+    with one_thread():
+        return HeadModel(path, dtype, device, has_weights=has_weights)
 
 
 def check_vocabulary(name: str, draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:

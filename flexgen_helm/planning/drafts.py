@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.planning.model_shape import ModelShape
-from engine.policy import Policy
+from engine.policy import OWN_DRAFT, Policy
 
 
 def draft_shape(policy: Policy, dtype: str, path: str | Path, *, has_weights: bool = True) -> ModelShape | None:
@@ -19,12 +19,12 @@ def draft_shape(policy: Policy, dtype: str, path: str | Path, *, has_weights: bo
     import torch
 
     from engine.checkpoint.description import describe
-    from engine.drafting.head_model import OWN, HeadModel
+    from engine.drafting.opened import head_of
     from engine.model.causal_model import CausalModel
     from engine.weights.stored_form import shape_of
 
-    if policy.draft_model == OWN:
-        return shape_of(HeadModel(Path(path), getattr(torch, dtype), torch.device("cpu"), has_weights=has_weights))
+    if policy.draft_model == OWN_DRAFT:
+        return shape_of(head_of(Path(path), getattr(torch, dtype), torch.device("cpu"), has_weights=has_weights))
     found = describe(policy.draft_model, download_weights=False)
     has_weights = found.weight_bytes > 0
     return shape_of(CausalModel(Path(found.path), getattr(torch, dtype), torch.device("cpu"), has_weights=has_weights))

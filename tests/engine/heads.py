@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.generation.candidate_generator import MTPCandidateGenerator
-from transformers.modeling_layers import MtpModel
 
 _MELLUM = {
     **{"num_nextn_predict_layers": 1, "num_hidden_layers": 3, "sliding_window": 8, "mlp_layer_types": ["sparse"] * 3},
@@ -28,6 +26,8 @@ def save_with_head(directory: Path, family: str, likeness: float) -> Path:
 
     likeness: 1 for a model and a layer that both choose by a token alone, and so agree; 0 for two random ones.
     """
+    from transformers.modeling_layers import MtpModel
+
     if family == "deepseek_v3":
         models.save_model(directory, "deepseek-v3")
     else:
@@ -55,7 +55,7 @@ def _fade(module: torch.nn.Module, likeness: float) -> None:
             parameter.mul_(1 - likeness)
 
 
-def _tensors(model: PreTrainedModel, layer: MtpModel) -> dict[str, torch.Tensor]:
+def _tensors(model: PreTrainedModel, layer: Any) -> dict[str, torch.Tensor]:
     """The layer's tensors as checkpoints of the family name them."""
     found: dict[str, torch.Tensor] = {}
     is_mellum = model.config.model_type == "mellum"
@@ -93,6 +93,8 @@ def stock_drafts(
     directory: Path, prompts: Sequence[Sequence[int]], count: int
 ) -> list[tuple[list[int], dict[int, list[int]]]]:
     """What transformers generates greedily with the layer, and its drafts by the number of tokens before them."""
+    from transformers.generation.candidate_generator import MTPCandidateGenerator
+
     drafts: dict[int, list[int]] = {}
     get_candidates = MTPCandidateGenerator.get_candidates
 
@@ -115,6 +117,8 @@ def stock_drafts(
 
 def chained_drafts(directory: Path, tokens: list[int], size: int) -> list[int]:
     """What the layer drafts behind `tokens` when each further row continues its own output, computed as a whole."""
+    from transformers.modeling_layers import MtpModel
+
     model = models.load_reference(directory)
     layer = MtpModel.from_pretrained(model).eval()
     ids = torch.tensor([tokens])

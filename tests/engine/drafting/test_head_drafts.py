@@ -17,6 +17,7 @@ import torch
 from drafted import NUM_NEW, PREFIX, assert_nothing_held, assert_same, drafting, jobs
 from heads import chained_drafts, know_layers, save_with_head, stock_drafts
 from safetensors.torch import load_file, save_file
+from transformers import modeling_layers
 
 from engine import Completion, Engine, Job, Policy
 from engine.errors import CapacityError, CheckpointError, UnsupportedError
@@ -24,6 +25,7 @@ from engine.schedule.segment import Segment
 from engine.schedule.sequence import Sequence
 from flexgen_helm.planning.drafts import draft_shape
 
+pytestmark = pytest.mark.skipif(not hasattr(modeling_layers, "MtpModel"), reason="transformers has no MTP layers")
 PROMPTS = ((*PREFIX, 7), (*PREFIX, 9, 11), (300,))
 COUNT, LIKENESS = 12, 0.85
 TIGHT = {"gpu-memory": "6MB", "percent": [0, 100, 0, 100, 0, 100]}
@@ -212,6 +214,9 @@ def test_what_has_no_layer_that_drafts_is_refused(build: Callable[[str], Path], 
     assert re.search(r"lack \d+ of \d+ parameters, e.g. .*eh_proj", refused(directory))
     save_file(bare, file)
     assert "lack the MTP layer" in refused(directory)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(modeling_layers.MtpModel, "forward_layer")
+        assert "has no MTP layers as those of 5.24" in refused(saved("glm4_moe", 1.0))
     assert re.search(r"draft-model: its weights [\d.]+ MB, .* exceed", refused(saved("glm4_moe", 1.0), **TIGHT))
 
 
