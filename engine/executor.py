@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -84,6 +85,8 @@ class Executor:
         self._joint = JointExperts(model.sweeping, compute, model.device)
         self.steps = Steps(model, cache, is_wanted=limits.replays)
         """Replays recorded decode steps of a model that is entirely on the device."""
+        self.reads: Callable[[list[Segment], torch.Tensor], None] | None = None
+        """Called with the output of the last layer for each micro-batch `[rows, width]`, if the head is here."""
         self.num_sweeps = 0
         """Sweeps so far."""
 
@@ -195,6 +198,8 @@ class Executor:
         for index, segments in enumerate(batches):
             wanted = [ask for segment in segments for ask in _asks(segment)]
             last = self._hidden.take(index)
+            if self.reads is not None:
+                self.reads(segments, last)
             if wanted:
                 states.append(last[accelerator.sent(torch.tensor([ask.row for ask in wanted]), last.device)])
                 asks += wanted

@@ -109,7 +109,7 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
         divided = divide(model, Path(description.path), shape, member.count, cache_codec)
         shape = divided.shape
         hold(model, divided.layers[member.stage])
-    drafting = _draft_model(description, policy, model, tokenizer, device)
+    drafting = _draft_model(description, policy, model, tokenizer)
     draft_shape = None if drafting is None else shape_of(drafting.model)
     plan = make_plan(shape, policy, memory, on_cpu=on_cpu, sharing=sharing, draft=draft_shape)
     with ExitStack() as opened:
@@ -165,6 +165,8 @@ def open_parts(description: ModelDescription, policy: Policy, fill: Fill, member
                 )
                 room = JointRoom(cache.room, states.room) if model.mixers else cache.room
                 executor = Executor(model, stream, cache, states, hidden, plan.limits, line, number)
+                if draft is not None:
+                    draft.follow(executor)
                 opened.callback(executor.close)
                 scheduler = Scheduler(
                     plan.limits,
@@ -219,21 +221,15 @@ def check_model(description: ModelDescription, policy: Policy) -> None:
         divide(model, Path(description.path), shape_of(model), policy.stages, None)
     if has_weights:
         check_checkpoint(Path(description.path), model)
-    if (draft := _draft_model(description, policy, model, tokenizer, cpu)) is not None:
+    if (draft := _draft_model(description, policy, model, tokenizer)) is not None:
         draft.check_weights()
 
 
 def _draft_model(
-    description: ModelDescription,
-    policy: Policy,
-    model: CausalModel,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
+    description: ModelDescription, policy: Policy, model: CausalModel, tokenizer: PreTrainedTokenizerBase
 ) -> DraftModel | None:
     """Return the policy's draft model, without weights, if it names one; raises if it cannot draft for `model`."""
-    if policy.draft_model is None:
-        return None
-    return DraftModel.of(policy.draft_model, model, tokenizer, model.dtype, device)
+    return None if policy.draft_model is None else DraftModel.of(policy.draft_model, description, model, tokenizer)
 
 
 def _one_after_the_other(*steps: Iterator[None]) -> Iterator[None]:

@@ -25,6 +25,10 @@ def only_bfloat16(dtype: str) -> str:
     return f"compress-weight: lossless takes bfloat16, and the model is computed in {dtype}; leave it out, or set dtype"
 
 
+OWN_DRAFT = "own"
+"""What `draft-model` says for the MTP layer in the model's own checkpoint."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Share:
     """Percents of something on the three tiers; they sum to 100."""
@@ -103,7 +107,8 @@ class Policy:
     batch_invariant: bool = False
     """Whether answers have the same bits regardless of other jobs, at a cost."""
     draft_model: str | None = None
-    """The hub id or directory of a small model with the same tokenizer that drafts tokens; it changes no answer."""
+    """The hub id or directory of a small model with the same tokenizer that drafts tokens, or `own`: the MTP layer in
+    the model's checkpoint. It changes no answer."""
     dtype: str = "auto"
     device: str | tuple[str, ...] = "auto"
     """One device, several of one type, "all" of the best type, or "auto": one, or all like GPUs of a machine."""

@@ -116,7 +116,9 @@ class MicroBatch(Rows):
     def inputs(self) -> dict[str, Any]:
         """The keyword arguments of the model's forward."""
         ids = accelerator.sent(self.ids, self._device)
-        return {"input_ids": ids, "position_ids": self._positions, "use_cache": False}
+        continued = [segment.continued for segment in self.segments if segment.continued is not None]
+        given = {"continued": torch.cat(continued)[None]} if continued else {}
+        return {"input_ids": ids, "position_ids": self._positions, "use_cache": False, **given}
 
 
 def _chains(runs: list[list[Segment]]) -> list[Chain]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -13,7 +14,6 @@ from engine.drafting.pace import MOST_DRAFTED, Pace
 from engine.drafting.shadows import Shadow, Shadows
 from engine.memory import accelerator
 from engine.planning.limits import Limits
-from engine.schedule.cache_room import CacheRoom
 from engine.schedule.cutting import packed_batches, rectangular_batches, rows_of
 from engine.schedule.segment import Segment, add_drafts
 from engine.schedule.sequence import Sequence
@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 
 class Computes(Protocol):
     """The interface of an executor that takes micro-batches through a model."""
+
+    reads: Callable[[list[Segment], torch.Tensor], None] | None
+    """Is called with the output of the last layer for each micro-batch `[rows, width]`."""
 
     def choices(self, batches: list[list[Segment]]) -> dict[int, int]:
         """Compute every segment; return the token chosen after the last row of each, by the id() of its span."""
@@ -43,7 +46,7 @@ class ModelDrafts:
     def __init__(
         self,
         executor: Computes,
-        room: CacheRoom,
+        shadows: Shadows,
         limits: Limits,
         *,
         device: torch.device,
@@ -61,7 +64,7 @@ class ModelDrafts:
         self._window = window
         self._own_vocabulary, self._vocabulary = vocabularies
         self._is_ready = is_ready
-        self._shadows = Shadows(room, limits)
+        self._shadows = shadows
 
     def swept(self, rows: int, seconds: float) -> None:
         """Note the time of a sweep of the model whose weights were loaded already."""
@@ -96,8 +99,17 @@ class ModelDrafts:
 
     def _drafted(self, targets: list[Sequence], size: int) -> list[tuple[Shadow, tuple[int, ...]]]:
         """The drafts of each sequence that has a shadow: at most `size` tokens."""
+        found: list[tuple[Shadow, tuple[int, ...]]] = []
+        with self._within_memory():
+            found = self._rounds(targets, size)
+        return found
+
+    @contextmanager
+    def _within_memory(self) -> Iterator[None]:
+        """Inside, drafting is given up for some sweeps where the device runs out of memory."""
         try:
-            return self._rounds(targets, size)
+            yield
+            return
         except Exception as error:
             if not accelerator.is_out_of_memory(error):
                 raise
@@ -106,7 +118,6 @@ class ModelDrafts:
         self._shadows.clear()
         self.pace.give_up()
         accelerator.release_memory(self._device)
-        return []
 
     def _rounds(self, targets: list[Sequence], size: int) -> list[tuple[Shadow, tuple[int, ...]]]:
         most: dict[int, int] = {}
@@ -131,7 +142,7 @@ class ModelDrafts:
                     drafts[id(shadow)].append(chosen[id(shadow)])
                     shadow.take(chosen[id(shadow)])
             asked = [shadow for shadow in asked if len(drafts[id(shadow)]) < most[id(shadow)]]
-            segments = [Segment(shadow, 1) for shadow in asked]
+            segments = [shadow.next_row() for shadow in asked]
         return [(shadow, tuple(drafts[id(shadow)])) for shadow in drafting]
 
     def _first_rows(self, target: Sequence, count: int, size: int) -> list[Segment] | None:
@@ -164,7 +175,8 @@ class ModelDrafts:
         for part in _parts(segments, self._limits.rows_per_sweep):
             begun = time.perf_counter()
             chosen |= self._executor.choices(cut(part, self._limits))
-            self.pace.steps.add(sum(segment.num_rows for segment in part), time.perf_counter() - begun)
+            if any(isinstance(segment.span, Sequence) for segment in part):  # else nothing was waited for
+                self.pace.steps.add(sum(segment.num_rows for segment in part), time.perf_counter() - begun)
             for segment in part:
                 segment.span.cached += segment.num_rows
         return chosen

@@ -7,20 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase, modeling_layers
 
 from engine.cache.hidden import HiddenStates
 from engine.cache.key_value import KVCache
 from engine.cache.state import StateCache
 from engine.checkpoint.description import ModelDescription, describe
 from engine.checkpoint.tokenizer import load_tokenizer
+from engine.drafting.head_drafts import HeadDrafts
+from engine.drafting.head_shadows import HeadShadows
 from engine.drafting.model_drafts import Computes, ModelDrafts
+from engine.drafting.shadows import Shadows
 from engine.errors import ConfigError, UnsupportedError, shown
 from engine.kernels.threads import one_thread
 from engine.memory.arena import Arena
 from engine.model.causal_model import CausalModel
 from engine.planning.limits import Limits
 from engine.planning.planner import Plan
+from engine.policy import OWN_DRAFT
 from engine.weights.loading import check_checkpoint, load_checkpoint
 from engine.weights.store import WeightStore
 from engine.weights.stream import WeightStream
@@ -34,26 +39,27 @@ class DraftModel:
 
     description: ModelDescription
     model: CausalModel
+    is_own: bool = False
+    """Whether it is a layer of the checkpoint that it drafts for."""
 
     @classmethod
     def of(
-        cls,
-        name: str,
-        target: CausalModel,
-        tokenizer: PreTrainedTokenizerBase,
-        dtype: torch.dtype,
-        device: torch.device,
+        cls, name: str, own: ModelDescription, target: CausalModel, tokenizer: PreTrainedTokenizerBase
     ) -> DraftModel:
-        """Open the draft model of that name for `target`, whose tokenizer is given.
+        """Open the draft model of that name for `target`, which is described and whose tokenizer is given.
 
         Raises `ConfigError` where its tokenizer is another, `UnsupportedError` where one of the two keeps recurrent
-        states, and what opening any model raises.
+        states or the checkpoint has no layer that drafts, and what opening any model raises.
         """
         if target.mixers:
             raise UnsupportedError(
                 "draft-model: layers of the model keep a state, which cannot go back to before a draft that is wrong; "
                 "leave it out"
             )
+        dtype, device = target.dtype, target.device
+        if name == OWN_DRAFT:
+            head = head_of(Path(own.path), dtype, device, has_weights=own.weight_bytes > 0)
+            return cls(description=own, model=head, is_own=True)
         description = describe(name)
         path = Path(description.path)
         check_vocabulary(name, load_tokenizer(path), tokenizer)
@@ -83,6 +89,11 @@ class OpenedDraft:
     loading: Iterator[None]
     """The loading of its weights: it copies one parameter at each step."""
 
+    def follow(self, executor: Computes) -> None:
+        """Have an MTP layer follow what the model's executor computes; others compute all by themselves."""
+        if isinstance(self.drafts, HeadDrafts):
+            executor.reads = self.drafts.computed
+
     def close(self) -> None:
         """Release everything; the arena frees the memory."""
         self.drafts.close()
@@ -104,21 +115,47 @@ def open_draft(
         states = StateCache(model.state_shapes, arena, plan.cache_budgets, plan.kv_cache)
         hidden = HiddenStates(arena, plan.activations, model.hidden_size, model.hidden_dtype)
         window, offset = draft.description.window, model.outer.positions.offset
-        drafts = ModelDrafts(
-            make_executor(model, stream, cache, states, hidden, plan.limits),
-            cache.room,
-            plan.limits,
-            device=arena.device,
-            window=None if window is None else window - offset,
-            vocabularies=(model.vocab_size, target.vocab_size),
-            is_ready=lambda: store.is_complete,
-        )
+        executor = make_executor(model, stream, cache, states, hidden, plan.limits)
+        window = None if window is None else window - offset
+        drafts: ModelDrafts
+        if draft.is_own:
+            drafts = HeadDrafts(
+                executor,
+                HeadShadows(cache.room, plan.limits),
+                plan.limits,
+                target=target,
+                window=window,
+                is_ready=lambda: store.is_complete,
+            )
+        else:
+            drafts = ModelDrafts(
+                executor,
+                Shadows(cache.room, plan.limits),
+                plan.limits,
+                device=arena.device,
+                window=window,
+                vocabularies=(model.vocab_size, target.vocab_size),
+                is_ready=lambda: store.is_complete,
+            )
     except BaseException:
         if stream is not None:
             stream.close()
         store.close()
         raise
     return OpenedDraft(model=model, weights=store, stream=stream, cache=cache, drafts=drafts, loading=loading)
+
+
+def head_of(path: Path, dtype: torch.dtype, device: torch.device, *, has_weights: bool) -> CausalModel:
+    """The MTP layer of a model directory; `UnsupportedError` where there is none that drafts."""
+    if not hasattr(getattr(modeling_layers, "MtpModel", None), "forward_layer"):
+        raise UnsupportedError(
+            f"draft-model {OWN_DRAFT}: transformers {transformers.__version__} has no MTP layers as those of 5.24 are; "
+            "take that version, name a small model of the same tokenizer, or leave draft-model out"
+        )
+    from engine.drafting.head_model import HeadModel
+
+    with one_thread():
+        return HeadModel(path, dtype, device, has_weights=has_weights)
 
 
 def check_vocabulary(name: str, draft: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:

@@ -83,6 +83,8 @@ class Pace:
         """The times of the model's sweeps by their rows."""
         self.steps = Line()
         """The times of the draft model's passes by their rows."""
+        self.last_size = _FIRST_SIZE
+        """The latest length of a draft."""
         self._until_without = _FIRST_WITHOUT
         self._pause = _PAUSE
         self._left = 0
@@ -123,7 +125,7 @@ class Pace:
         if rates[best] < _LEAST_GAIN * rates[0]:
             self.give_up()
             return 0
-        self._pause = _PAUSE
+        self._pause, self.last_size = _PAUSE, best
         return best
 
     def give_up(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from engine.planning.limits import Limits
 from engine.schedule.cache_room import CacheRoom
@@ -31,7 +32,7 @@ class Shadow(Sequence):
     """The length of the sequence when they were drafted."""
 
     @classmethod
-    def of_target(cls, target: Sequence, parent: Prefix | None) -> Shadow:
+    def of_target(cls, target: Sequence, parent: Prefix | None) -> Self:
         """The shadow of a running sequence, of which nothing is computed yet."""
         job = replace(target.job, prompt_logprobs=False, thinking=None)  # nothing is scored, and no token is due
         tokens = list(target.tokens)
@@ -82,9 +83,13 @@ class Shadow(Sequence):
         self.tokens = coming[: self.cached + 1]
         return Segment(self, len(coming) - self.cached, draft=tuple(coming[self.cached + 1 :]))
 
+    def next_row(self) -> Segment:
+        """The row of the token that was drafted last."""
+        return Segment(self, 1)
+
 
 @dataclass(eq=False)
-class _Shared:
+class SharedPrefix:
     """A prefix in the draft model's cache, in as many pieces as its memory requires."""
 
     original: Prefix
@@ -100,7 +105,7 @@ class Shadows:
         self._room, self._limits = room, limits
         self._of: dict[int, Shadow] = {}
         """The shadows by the id() of their sequence."""
-        self._shared: dict[int, _Shared] = {}
+        self._shared: dict[int, SharedPrefix] = {}
         """The prefixes by their id()."""
 
     def __iter__(self) -> Iterator[Shadow]:
@@ -118,7 +123,7 @@ class Shadows:
                 parent = self._last_piece(prefix.parent)
                 mirrored = Prefix(tokens=prefix.tokens, parent=parent)
                 pieces = (*self._split(mirrored), mirrored)
-                self._shared[id(prefix)] = _Shared(prefix, pieces)
+                self._shared[id(prefix)] = SharedPrefix(prefix, pieces)
                 new += pieces
             self._shared[id(prefix)].users.add(id(target))
         shadow = Shadow.of_target(target, self._last_piece(target.parent))

@@ -44,6 +44,10 @@ class CausalModel:
     model's forward with stubs in place of the layers, and `head` calls it with the last hidden state injected.
     """
 
+    _built = staticmethod(build)
+    """Builds the module that is driven."""
+    _names: type[CheckpointNames] = CheckpointNames
+
     def __init__(
         self,
         path: Path,
@@ -55,7 +59,7 @@ class CausalModel:
     ) -> None:
         """has_weights: whether to read the weight files' headers, too; without, a quantized model is not recognised."""
         self.device, self.dtype = device, dtype
-        self.module = build(path, dtype)
+        self.module = self._built(path, dtype)
         self.config = self.module.config
         self.expert_configs = take_experts(self.module)
         """The configs of those modules whose experts our function computes."""
@@ -67,7 +71,7 @@ class CausalModel:
         """The context that our attention function reads when layers call it."""
         self.state: dict[str, torch.Tensor] = dict(self.module.state_dict())
         """Parameters and persistent buffers by the names that checkpoint names are mapped to, on `meta`."""
-        self.names = CheckpointNames(self.module, dict(self.state))
+        self.names = self._names(self.module, dict(self.state))
         """Maps the names of checkpoint tensors to the model's."""
         self._buffer_owners = {
             f"{prefix}.{name}" if prefix else name: (module, name)
@@ -261,6 +265,17 @@ class CausalModel:
     @torch.no_grad()
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final norm and head: hidden `[rows, width]` of the last layer -> float32 logits `[rows, vocabulary]`."""
+        logits: torch.Tensor = self._behind_layers(hidden, self.module).logits.flatten(0, 1)
+        return logits.float()
+
+    @torch.no_grad()
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final norm alone: hidden `[rows, width]` of the last layer -> `[rows, width]`, which the head is given."""
+        normed: torch.Tensor = self._behind_layers(hidden, self.outer.called)[0].flatten(0, 1)
+        return normed
+
+    def _behind_layers(self, hidden: torch.Tensor, forward: Callable[..., Any]) -> Any:
+        """The output of the model's own forward for `hidden` `[rows, width]` in the place of its layers' output."""
         # Sequences of one row where positions are counted: there are no more than a sequence may have.
         shape = (len(hidden), 1) if self.outer.positions.is_counted else (1, len(hidden))
         positions = torch.zeros(shape, dtype=torch.long, device=self.device)
@@ -271,11 +286,9 @@ class CausalModel:
         try:
             given = {"position_ids": positions} if "position_ids" in self.outer.names else {}
             with self.embedding_as(lambda ids: inputs):
-                output = self.module(input_ids=positions, use_cache=False, **given)
+                return forward(input_ids=positions, use_cache=False, **given)
         finally:
             self.recorder.inject = None
-        logits: torch.Tensor = output.logits.flatten(0, 1)
-        return logits.float()
 
     @contextmanager
     def embedding_as(self, look_up: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:

@@ -26,10 +26,11 @@ class OuterForward:
     def __init__(self, module: PreTrainedModel, recorder: CallRecorder, sweeping: SweepContext) -> None:
         self._recorder = recorder
         self._sweeping = sweeping
-        self._called: nn.Module = module.base_model
-        if {*inspect.signature(self._called.forward).parameters} == {"args", "kwargs"}:  # no more than a wrapper
-            self._called = module.get_decoder()
-        parameters = inspect.signature(self._called.forward).parameters
+        self.called: nn.Module = module.base_model
+        """The module whose forward is called: the model without its head."""
+        if {*inspect.signature(self.called.forward).parameters} == {"args", "kwargs"}:  # no more than a wrapper
+            self.called = module.get_decoder()
+        parameters = inspect.signature(self.called.forward).parameters
         self.names = frozenset(parameters)
         """The names of its arguments."""
         self._takes_others = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -78,7 +79,7 @@ class OuterForward:
         self._recorder.begin((rows[0], rows[1]))
         named = {self._cache_name if key == "cache" else key: value for key, value in inputs.items()}
         with noting_masks() if self._sweeping.hands_masks else nullcontext():
-            output = self._called(**{key: value for key, value in named.items() if self.takes(key)})
+            output = self.called(**{key: value for key, value in named.items() if self.takes(key)})
         if output[0].shape[:2] != rows:
             raise TypeError("a layer's output was not taken for what it is")
         hidden, calls = self._recorder.taken()

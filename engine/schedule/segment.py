@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 from engine.memory.tiers import Tier
 from engine.planning.limits import Limits
@@ -25,6 +26,8 @@ class Segment:
     """The number of rows of padding before it."""
     draft: tuple[int, ...] = ()
     """Drafted tokens after the last one, which are its last rows; only in a step of a running sequence."""
+    continued: Any = None
+    """What its rows continue, `[rows, width]` on the device; only where an MTP layer drafts."""
     past: int = field(init=False)
     """The number of own tokens that are in the cache already."""
 

@@ -96,7 +96,7 @@ def choose(
             policy = replace(policy, gather_weights=sharing.gather)
         if is_placed:
             return Chosen(policy, None, "")
-        draft = draft_shape(policy, dtype)
+        draft = draft_shape(policy, dtype, path)
         fitting = search(sizes, profile, found.memory, load, policy, compress=False, sharing=sharing, draft=draft)
         best = best_of(fitting)
     except EngineError:

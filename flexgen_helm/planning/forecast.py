@@ -146,7 +146,7 @@ def forecast_of(
         dtype = profile.computed_in(policy.dtype, dtype)
     sizes = _sizes(path, dtype, has_weights=has_weights)
     sharing = sharing_of(policy, found, sizes.shape_under(policy), None if on_host else profile)
-    draft = draft_shape(policy, dtype)
+    draft = draft_shape(policy, dtype, path, has_weights=has_weights)
     policy, plan, seconds, bottleneck = _placed(
         sizes, policy, found.memory, load, profile, sharing, draft, on_host=on_host
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,34 +14,14 @@ from typing import Any
 import models
 import pytest
 import torch
-from drafted import drafting
+from drafted import NUM_NEW, assert_nothing_held, assert_same, drafting, jobs
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from engine import Completion, Engine, Job, Sampling
+from engine import Completion, Engine
 from engine.errors import CapacityError, ConfigError, UnsupportedError
 from engine.schedule.segment import Segment
 
-PREFIX = [*range(40, 70)]
-NUM_NEW = 24
 TIGHT = {"gpu-memory": "6MB", "percent": [0, 100, 0, 100, 0, 100]}
-
-
-def jobs() -> list[Job]:
-    """Greedy and sampled ones, of several lengths, that share prefixes and do not."""
-    rng = random.Random(5)
-    greedy = [
-        Job(prompt=prompt, max_new_tokens=count, prompt_logprobs=count % 2 == 1)
-        for prompt in ([*PREFIX, 7], [*PREFIX, 9, 11], rng.choices(range(3, 500), k=20))
-        for count in (NUM_NEW, 5, 2, 1)
-    ]
-    samplings = [
-        Sampling(temperature=1.0, seed=3),
-        Sampling(temperature=0.7, top_k=20, top_p=0.9, seed=4),
-        Sampling(temperature=1.0, seed=5, presence_penalty=1.0, frequency_penalty=0.5),
-        Sampling(presence_penalty=1.0),
-    ]
-    sampled = [replace(greedy[4], sampling=each, max_new_tokens=NUM_NEW) for each in samplings]
-    return [*greedy, *sampled, replace(greedy[0], stop=[[400], "re"])]
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +45,6 @@ def stranger(build: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
             parameter.normal_(0.0, 0.3)
     model.save_pretrained(directory)
     return directory
-
-
-def assert_same(found: list[Completion], expected: list[Completion]) -> None:
-    for done, answer in zip(found, expected, strict=True):
-        assert done.error is None
-        assert (done.tokens, done.text, done.finish_reason) == (answer.tokens, answer.text, answer.finish_reason)
-        assert done.logprobs == pytest.approx(answer.logprobs, abs=1e-5)
-        assert (done.prompt_logprobs or ())[1:] == pytest.approx((answer.prompt_logprobs or ())[1:], abs=1e-5)
-
-
-def assert_nothing_held(engine: Engine) -> None:
-    """A draft's cache is empty again once a sweep has shown that its sequences have ended."""
-    draft = engine.parts.draft
-    assert draft is not None
-    draft.drafts.add([], 0, engine.parts.lanes[0].scheduler.limits)
-    assert set(draft.cache.room.num_blocks.values()) == {0}
 
 
 CASES: dict[str, tuple[str, dict[str, Any], int | None]] = {
