@@ -30,7 +30,12 @@ from flexgen_helm.workers.cluster.versions import versions
 
 def opened(ray: Any, workers: int, own: dict[str, str]) -> HostsEngine:
     """An engine on so many workers, of which each must have these versions."""
-    supply = RaySupply(ray, Wanted(workers=workers), own, open_sleeping)
+    return opened_on(ray, Wanted(workers=workers), own)
+
+
+def opened_on(ray: Any, wanted: Wanted, own: dict[str, str]) -> HostsEngine:
+    """An engine on these workers, of which each must have these versions."""
+    supply = RaySupply(ray, wanted, own, open_sleeping)
     opening = Opening(model="none", policy=Policy(), jobs=PackedJobs.of([]))
     expected = Expected(identity={"dtype": "float32"}, versions=versions())
     return HostsEngine(opening, supply, expected, path="", digest=lambda: None)

@@ -186,18 +186,29 @@ def test_ray_is_not_imported_unless_it_is_asked_for() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def session() -> dict[str, Any]:
-    """What `ray_session` has found."""
+def told_by(program: str) -> dict[str, Any]:
+    """What a program beside these tests has found; none of its workers outlives it."""
     mark = uuid.uuid4().hex
     paths = [ROOT, ROOT / "benchmarks", ROOT / "tests/flexgen_helm"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), MARK: mark}
-    program = [sys.executable, str(ROOT / "tests/flexgen_helm/ray_session.py")]
-    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    command = [sys.executable, str(ROOT / "tests/flexgen_helm" / program)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert workers_of(mark) == [], "no worker outlives its driver"
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_drained_is_left_without_a_loss() -> None:
+    found = told_by("ray_drained.py")
+    assert found == {"machines": 2, "accepted": True, "is_right": True, "left": 1, "deaths": [], "given_up": {}}
+
+
+@pytest.fixture(scope="module")
+def session() -> dict[str, Any]:
+    """What `ray_session` has found."""
+    return told_by("ray_session.py")
 
 
 def test_a_worker_that_is_killed_is_replaced_and_every_answer_is_right(session: dict[str, Any]) -> None:
