@@ -27,9 +27,8 @@ _log = logging.getLogger(__name__)
 SILENCE_S = 60.0
 """Seconds without a message after which a host counts as lost, and its jobs go to other hosts."""
 _STRIKES = 5
-"""Losses of hosts that a job takes part in before it is suspected of causing them. A host itself isolates a job that
-ends its engine; a whole host is lost through power, preemption or network failures, and hardly ever through a job.
-"""
+"""Losses of hosts that a job takes part in before it is suspected: a host itself isolates a job that ends its engine,
+and is lost through power, preemption or network failures."""
 _LOOK_S = 2.0
 """Longest interval, in seconds, between two checks for silent hosts."""
 

@@ -245,15 +245,11 @@ class CausalModel:
         if not has_weights:
             checked_method(path, self.quantization)
             return {}
-        units = [unit for unit in self.units if unit.name != "outer"]
-        owners = {name: module for unit in units for name, (module, _) in unit.owners.items()}
+        owners = {name: at[0] for unit in self.units if unit.name != "outer" for name, at in unit.owners.items()}
         return find_packed(path, self.quantization, owners, self.names)
 
     def record(self, inputs: dict[str, Any]) -> tuple[torch.Tensor, list[LayerCall]]:
-        """Embed a micro-batch: `inputs` -> hidden `[rows, width]`, and how each layer is called.
-
-        The embedding and the outer parameters must be bound.
-        """
+        """Embed a micro-batch, embedding and outer parameters bound: hidden `[rows, width]`, and each layer's call."""
         return self.outer.record(inputs)
 
     @torch.no_grad()
