@@ -221,7 +221,7 @@ def _lines(found: Estimate, load: Workload) -> Iterator[str]:
     rate = load.num_requests / found.seconds
     yield (
         f"least time {_s(found.seconds)} in {found.sweeps} sweeps, {rate:.2f} requests/s, "
-        f"{rate * load.new:.1f} tokens/s; about {_s(found.seconds / REACHED)} are to be expected"
+        f"{rate * load.new:.1f} tokens/s; expect about {_s(found.seconds / REACHED)}"
     )
     for name, times in (("prefill", found.prefill_s), ("decode", found.decode_s)):
         if max(times.values()) > 0:
