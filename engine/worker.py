@@ -79,7 +79,7 @@ class Serving:
         self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
         """What is to be told; an event is set when all before it has left, and None ends it."""
         self._answering = Answering(self._outbox.put, self._tell, self._fail)
-        self._is_open = False
+        self._is_open = self._is_ending = False
 
     def run(self) -> None:
         """Open what is asked for and serve it; returns when everything has been told."""
@@ -137,6 +137,7 @@ class Serving:
                 threading.Thread(target=self._follow, args=(engine,), name="flexgen-engine", daemon=True).start()
             while not isinstance(told := self._inbox.get(), Close):
                 self._do(engine, told)
+            self._is_ending = True
             self._answering.end()
 
     def _do(self, engine: Engine, told: Told) -> None:
@@ -164,10 +165,16 @@ class Serving:
         self._outbox.put(Compared(outcome=outcome))
 
     def _follow_loading(self, engine: Engine) -> None:
-        """Tell when weights and digest are there, or that they cannot be; who asks for an answer is told of it, too."""
+        """Tell when weights and digest are there, or that they cannot be."""
         try:
             engine.wait_until_loaded()
-            self._outbox.put(Loaded())
+        except EngineError as error:
+            self._outbox.put(Digested(digest=None, error=error))
+            if not self._is_ending:
+                self._fail(error)  # one in the place of another is asked nothing before, and nobody would hear of it
+            return
+        self._outbox.put(Loaded())
+        try:
             self._outbox.put(Digested(digest=engine.weights_digest()))
         except EngineError as error:
             self._outbox.put(Digested(digest=None, error=error))
