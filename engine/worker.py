@@ -80,7 +80,7 @@ class Serving:
         self._outbox: queue.SimpleQueue[Tells | threading.Event | None] = queue.SimpleQueue()
         """Messages to send; an event is set when everything before it was sent, and None ends the sender."""
         self._answering = Answering(self._outbox.put, self._tell, self._fail)
-        self._is_open = False
+        self._is_open = self._is_ending = False
 
     def run(self) -> None:
         """Open the requested model and serve it; returns when every message has been sent."""
@@ -138,6 +138,7 @@ class Serving:
                 threading.Thread(target=self._follow, args=(engine,), name="flexgen-engine", daemon=True).start()
             while not isinstance(told := self._inbox.get(), Close):
                 self._do(engine, told)
+            self._is_ending = True
             self._answering.end()
 
     def _do(self, engine: Engine, told: Told) -> None:
@@ -168,7 +169,13 @@ class Serving:
         """Report when the weights and the digest are there, or why not; calls that wait for answers fail likewise."""
         try:
             engine.wait_until_loaded()
-            self._outbox.put(Loaded())
+        except EngineError as error:
+            self._outbox.put(Digested(digest=None, error=error))
+            if not self._is_ending:
+                self._fail(error)  # one in the place of another is asked nothing before, and nobody would hear of it
+            return
+        self._outbox.put(Loaded())
+        try:
             self._outbox.put(Digested(digest=engine.weights_digest()))
         except EngineError as error:
             self._outbox.put(Digested(digest=None, error=error))

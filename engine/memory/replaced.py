@@ -25,8 +25,13 @@ def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
             os.ftruncate(handle, 0)
             with open(handle, "wb", closefd=False) as file:
                 file.write(text.encode("utf-8", errors="replace"))
-            with suppress(FileNotFoundError):
-                os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
+            found = stat.S_IMODE(os.fstat(handle).st_mode)
+            try:
+                wanted = stat.S_IMODE(path.stat().st_mode)
+            except FileNotFoundError:
+                wanted = found & mode  # what a killed process has left may be open to more
+            if wanted != found:
+                os.fchmod(handle, wanted)
             os.fsync(handle)
             os.replace(partial, path)
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO
 
 
@@ -17,6 +18,11 @@ class _Plain:
         told = (each if each.isprintable() or each in "\n\t\r" else ascii(each)[1:-1] for each in text)
         self._stream.write("".join(told))
         return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write each of `lines`."""
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

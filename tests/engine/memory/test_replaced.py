@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.memory.replaced import replace_text
+from engine.memory.replaced import partial_of, replace_text
 
 
 def in_a_child(path: Path, text: str) -> int:
@@ -72,3 +72,10 @@ def test_a_link_or_a_pipe_in_the_way_is_not_written_to(tmp_path: Path) -> None:
         replace_text(path, "after")
     assert not elsewhere.exists()
     assert not path.exists()
+
+
+def test_what_is_ones_own_stays_so_where_an_unfinished_copy_was_left_for_all(tmp_path: Path) -> None:
+    partial_of(tmp_path / "digests").touch()
+    partial_of(tmp_path / "digests").chmod(0o666)
+    replace_text(tmp_path / "digests", "{}", mode=0o600)
+    assert (tmp_path / "digests").stat().st_mode & 0o777 == 0o600

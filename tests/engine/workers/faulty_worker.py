@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from engine import Engine, Policy, worker
+from engine.errors import CheckpointError
 from engine.executor import Executor
 
 KILLS, RAISES, RUNS_OUT, SLOW, FAILS_ON_SECOND, WORDLESS, MUTE = 401, 402, 403, 404, 405, 406, 407
@@ -18,6 +19,11 @@ KILLS, RAISES, RUNS_OUT, SLOW, FAILS_ON_SECOND, WORDLESS, MUTE = 401, 402, 403, 
 def no_memory(*_: Any) -> Any:
     """As under a limit of memory that is reached."""
     raise MemoryError
+
+
+def no_files(_: Engine) -> None:
+    """As where weights cannot be read."""
+    raise CheckpointError("the weights cannot be read")
 
 
 def main(line: int) -> None:
@@ -56,6 +62,8 @@ def main(line: int) -> None:
             time.sleep(0.2)
         return sweep(self, batches)
 
+    if "FLEXGEN_TEST_CANNOT_LOAD" in os.environ:
+        Engine.wait_until_loaded = no_files  # type: ignore[method-assign]
     Engine.from_pretrained = opened  # type: ignore[method-assign,assignment]
     Executor._swept = faulty  # type: ignore[method-assign]
     worker.main(line)

@@ -181,6 +181,17 @@ def test_answers_that_cannot_be_taken_in_are_asked_for_again(
     assert "what it said could not be taken in: MemoryError" in caplog.text
 
 
+@pytest.mark.usefixtures("faulty", "warm_processes")
+def test_a_process_in_the_place_of_another_that_cannot_load_is_told(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RemoteEngine(model, ON_CPU) as engine:
+        engine.run([Job(prompt=[6], max_new_tokens=1)])
+        monkeypatch.setenv("FLEXGEN_TEST_CANNOT_LOAD", "yes")
+        with pytest.raises(CheckpointError, match="the weights cannot be read"):
+            engine.run([Job(prompt=[KILLS, 6], max_new_tokens=1)])
+
+
 @pytest.mark.usefixtures("warm_processes")
 def test_where_no_other_process_can_be_started_who_waits_is_told(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory() -> NoReturn:
