@@ -42,7 +42,7 @@ def compiled(name: str, sources: Sequence[Path], headers: Sequence[Path] = ()) -
     make_private(path.parent)
     status = path.parent.stat()
     if status.st_mode & 0o022 or status.st_uid not in (0, os.geteuid()):
-        raise PermissionError(f"{path.parent} may be written to by others, and code would be run that lies there")
+        raise PermissionError(f"{path.parent} is writable by others, so code from there is not run")
     if path.is_file() and digest.is_file() and digest.read_text("ascii", "replace") == _digest_of(path):
         return path
     _drop_what_was_killed(path.parent)

@@ -98,5 +98,5 @@ def test_nor_from_another_users(cache: Path) -> None:
     cache.mkdir(parents=True, mode=0o700)
     cache.chmod(0o755)
     os.chown(cache, 12345, -1)
-    with pytest.raises(PermissionError, match="may be written to by others"):
+    with pytest.raises(PermissionError, match="is writable by others"):
         library.compiled("x", [Path(__file__)])

@@ -89,16 +89,14 @@ def test_attention_to_later_tokens_is_refused(tmp_path: Path) -> None:
 
 def edited(tmp_path: Path, edit: Callable[[nn.Module], None], monkeypatch: pytest.MonkeyPatch) -> CausalModel:
     """A Llama that `edit` has changed before it is taken apart."""
-    from engine.model import causal_model
-
-    build = causal_model.build
+    build = CausalModel._built
 
     def build_edited(path: Path, dtype: torch.dtype) -> Any:
         model = build(path, dtype)
         edit(model)
         return model
 
-    monkeypatch.setattr(causal_model, "build", build_edited)
+    monkeypatch.setattr(CausalModel, "_built", staticmethod(build_edited))
     return opened(tmp_path, "llama")
 
 

@@ -117,7 +117,7 @@ def test_no_member_waits_for_one_that_has_ended(dies: bool, build: Callable[[str
     given = case(build("llama"), tmp_path, "20-80", [SOME, SOME])
     (outcomes,) = members.run([given], 2, tmp_path, before=FAULT.format(dies=dies), may_die=True)
     assert outcomes[0].error is not None
-    assert "one of the 2 engines that share the weights has gone" in outcomes[0].error
+    assert "one of the 2 engines that share the weights has ended" in outcomes[0].error
 
 
 def test_what_needs_whole_weights_is_refused(build: Callable[[str], Path], tmp_path: Path) -> None:

@@ -136,9 +136,9 @@ def test_without_a_generation_config_sampling_is_cut_by_transformers_own_default
 def test_settings_that_are_not_carried_out_are_refused(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"min_p": 0.1, "do_sample": True, "num_beams": 4}))
     odd = GenerationSettings(tmp_path, None)
-    with pytest.raises(UnsupportedError, match=r"asks for min_p 0\.1, which is not supported"):
+    with pytest.raises(UnsupportedError, match=r"sets min_p 0\.1, which is not supported"):
         odd.sampled({})
-    with pytest.raises(UnsupportedError, match=r"asks for num_beams 4, which is not supported"):
+    with pytest.raises(UnsupportedError, match=r"sets num_beams 4, which is not supported"):
         odd.applied(None, (1,), 1)  # type: ignore[arg-type]
 
 

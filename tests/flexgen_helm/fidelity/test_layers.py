@@ -49,7 +49,9 @@ def test_the_verdict_says_how_many_rows_are_excused_and_why() -> None:
     assert "\n" not in told
     (most,) = re.findall(r"does most, by (\S+) of its scale \(limit 0.03", told)
     assert float(most) <= 0.03  # what the sentence says of the limit is so
-    assert "but for 3 of 808 rows of layer 1, layer 2, by up to 3.0e-01 in layer 1: they are excused, since" in told
+    assert (
+        "but for 3 of 808 rows of layer 1, layer 2, by up to 3.0e-01 in layer 1: these are tolerated, because" in told
+    )
 
 
 def test_the_verdict_excuses_nothing_where_nothing_is_beyond() -> None:

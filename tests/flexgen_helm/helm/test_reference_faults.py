@@ -305,7 +305,7 @@ def test_a_setting_of_the_checkpoint_that_cannot_be_followed_is_refused(llama: B
     model = shutil.copytree(llama.path, tmp_path / "tiny-beams")
     (model / "generation_config.json").write_text(json.dumps({"num_beams": 4, "eos_token_id": 0}))
     result = our_client(model).make_request(llama.request("a", max_tokens=2))
-    assert "asks for num_beams 4, which is not supported" in result.error
+    assert "sets num_beams 4, which is not supported" in result.error
 
 
 ROOT = Path(__file__).resolve().parents[3]
