@@ -130,9 +130,7 @@ class Executor:
         def through(layer: int, index: int) -> None:
             """Compute one layer for one micro-batch."""
             batch = micro[index]
-            if (
-                layer == model.held.start
-            ):  # not before: the host looks up embeddings while the device is at the first layer
+            if layer == model.held.start:  # the host looks up embeddings while the device is at the first layer
                 weights.look_up(batch.ids)
                 if index + 1 < len(micro):
                     weights.look_up_ahead(micro[index + 1].ids)

@@ -14,10 +14,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from engine.workers.plain import plain
 from flexgen_helm import __version__, engine_problem
 from flexgen_helm.terminal.errors import RunFailed, UsageError
 from flexgen_helm.terminal.parser import Parser
-from flexgen_helm.terminal.plain_text import plain, plain_output
+from flexgen_helm.terminal.plain_text import plain_output
 from flexgen_helm.terminal.signals import NOT_FINISHED, heeding_signals
 
 atexit.register(gc.freeze)  # else the interpreter looks through all of torch and HELM before it ends, for seconds

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
-from flexgen_helm.terminal.plain_text import PlainText, beneath, plain
+from engine.workers.plain import PlainText, plain
+from flexgen_helm.terminal.plain_text import beneath
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.workers.plain import plain
 from flexgen_helm.run import main
-from flexgen_helm.terminal.plain_text import plain, plain_output
+from flexgen_helm.terminal.plain_text import plain_output
 
 
 class Terminal(io.StringIO):

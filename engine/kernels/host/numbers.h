@@ -56,12 +56,14 @@ static inline float largest(floats x) {
     return y[0];
 }
 
+#define LOG2_E 1.44269504f
+
 /* e to the x, within 2e-7 of it, for x up to 88: the polynomial of Cephes. Below -87 it is e to the -87; a NaN stays
    one. */
 static inline floats power(floats x) {
     const floats low = (floats){0} - 87;
     x = larger(x, low);
-    const floats shifted = x * 1.44269504f + 12582912; /* 1.5 * 2^23: what is below 1 is rounded off */
+    const floats shifted = x * LOG2_E + 12582912; /* 1.5 * 2^23: what is below 1 is rounded off */
     const floats n = shifted - 12582912;
     const floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     floats y = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -73,8 +75,6 @@ static inline floats power(floats x) {
     const words two = ((words)shifted << 23) + (127 << 23); /* 2 to the n */
     return y * (floats)two;
 }
-
-#define LOG2_E 1.44269504f
 
 /* 2 to the x, within 2e-7 of it, for x up to 126: the polynomial of Cephes. Below -126 it is 2 to the -126; a NaN stays
    one. There is nothing to reduce by, unlike in `power`. */

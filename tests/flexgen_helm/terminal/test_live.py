@@ -8,8 +8,8 @@ import sys
 import pytest
 from screens import screen
 
+from engine.workers.plain import PlainText
 from flexgen_helm.terminal.live import LiveBlock, Row
-from flexgen_helm.terminal.plain_text import PlainText
 
 
 class Terminal(io.StringIO):
